@@ -1,0 +1,41 @@
+# `make demo` and `make test` set up everything they need in .venv, which is made again only when pyproject.toml changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test fast lint bench world clean
+
+demo: $(VENV)/.ready
+	$(BIN)/perdure demo
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest
+
+fast: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready-dev
+	$(BIN)/python bench/train_loop.py
+
+world: $(VENV)/.ready-dev
+	$(BIN)/python -m pip install -q -r recipes/mini/requirements.txt
+	$(BIN)/python recipes/mini
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "perdure needs Python 3.10 or newer; try: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch torchvision
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

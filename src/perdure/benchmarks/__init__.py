@@ -1,0 +1,16 @@
+"""Floor 5: the streams that methods are compared on. ``perdure streams`` lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from perdure.benchmarks import mini
+from perdure.core.registry import Registry
+from perdure.data.task import Stream
+
+STREAMS: Registry[Callable[[], Stream]] = Registry("stream")
+STREAMS.add(
+    "mini-mtil", lambda: mini.multi_domain("I"), "Eight domains of drawings, one after another, alphabetically."
+)
+STREAMS.add("mini-mtil-2", lambda: mini.multi_domain("II"), "The same eight domains in another order.")
+STREAMS.add("mini-cil", mini.class_incremental, "Sixty classes of drawings in ten steps, six new ones a step.")

@@ -1,0 +1,119 @@
+"""The embedded small world: real drawings, a small CLIP that was pre-trained on others, and streams of tasks.
+
+``recipes/mini`` makes what lies in ``assets``: sheets of 32x32 drawings (32 a row, in the order of the manifest), the
+manifests, the sources with their licences, and the CLIP as ``transformers`` loads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from perdure.core.errors import DamagedFile
+from perdure.core.state import read_bytes, read_json
+from perdure.data.task import Class, Images, Probe, Stream, Task
+
+ASSETS = Path(__file__).parent / "assets"
+MODEL = ASSETS / "clip"
+SIDE, PER_ROW = 32, 32
+
+
+def read_side(part: Mapping[str, Any]) -> Images:
+    """One side of a task: its sheet, cut into (N, 3, 32, 32) uint8, and labels in the order of the manifest's classes."""
+    path = ASSETS / part["sheet"]
+    with Image.open(io.BytesIO(read_bytes(path, part["sha256"]))) as sheet:
+        picture = np.asarray(sheet)
+    labels = torch.tensor([k for k, names in enumerate(part["drawings"].values()) for _ in names])
+    tiles = picture.reshape(-1, SIDE, PER_ROW, SIDE, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, SIDE, SIDE)
+    return Images(torch.from_numpy(tiles[: len(labels)].copy()), labels)
+
+
+def classes_of(part: Mapping[str, Any], templates: list[str]) -> tuple[Class, ...]:
+    return tuple(Class(name, tuple(templates)) for name in part["drawings"])
+
+
+@cache
+def manifest(name: str) -> Any:
+    try:
+        return read_json(ASSETS / f"{name}.json")
+    except DamagedFile as error:
+        raise DamagedFile(f"{error} Install perdure again, or make the small world anew with recipes/mini.") from None
+
+
+@cache
+def probe() -> Probe:
+    """Concepts of the pre-training vocabulary, drawn by hands that pre-training never saw."""
+    about = manifest("probe")
+    return Probe(classes_of(about["test"], about["templates"]), read_side(about["test"]))
+
+
+@cache
+def multi_domain(order: str) -> Stream:
+    """Eight domains in order ``I`` (alphabetical) or ``II`` (drawn once)."""
+    about = manifest("multi_domain")
+    tasks = []
+    for index, name in enumerate(about["orders"][order]):
+        domain = about["domains"][name]
+        classes = classes_of(domain["test"], domain["templates"])
+        tasks.append(Task(name, classes, read_side(domain["train"]), read_side(domain["test"]), index))
+    name = "mini-mtil" if order == "I" else f"mini-mtil-{len(order)}"
+    return stream(name, tuple(tasks), "multi_domain", labels="task", task_id="known")
+
+
+@cache
+def class_incremental() -> Stream:
+    """Sixty classes in ten steps, in the order kept in the manifest; all classes seen so far compete."""
+    about = manifest("class_incremental")
+    train, test = read_side(about["train"]), read_side(about["test"])
+    names = list(about["test"]["drawings"])
+    size = len(names) // about["steps"]
+    tasks = []
+    for index in range(about["steps"]):
+        chosen = about["order"][index * size : (index + 1) * size]
+        numbers = [names.index(c) for c in chosen]
+        classes = tuple(Class(c, tuple(about["templates"])) for c in chosen)
+        tasks.append(Task(f"step_{index + 1:02d}", classes, subset(train, numbers), subset(test, numbers), index))
+    return stream("mini-cil", tuple(tasks), "class_incremental", labels="seen", task_id="hidden")
+
+
+def subset(images: Images, numbers: list[int]) -> Images:
+    """The images of some classes, relabelled 0, 1, … in the order given."""
+    place = torch.full((int(images.labels.max()) + 1,), -1)
+    place[torch.tensor(numbers)] = torch.arange(len(numbers))
+    labels = place[images.labels]
+    return Images(images.pixels[labels >= 0], labels[labels >= 0])
+
+
+def stream(name: str, tasks: tuple[Task, ...], source: str, labels: str, task_id: str) -> Stream:
+    """A stream over ``tasks``, identified by the manifests' content."""
+    files = [ASSETS / f"{source}.json", ASSETS / "probe.json"]
+    identity = hashlib.sha256(name.encode() + b"".join(f.read_bytes() for f in files)).hexdigest()
+    defaults = yaml.safe_load((Path(__file__).parent / "preset.yaml").read_text(encoding="utf-8"))
+    return Stream(name, tasks, probe(), str(MODEL), identity, labels, task_id, defaults, notes())
+
+
+@cache
+def notes() -> tuple[str, ...]:
+    """The data's licences, a line a kind of source; ``assets/SOURCES.json`` names every set, author and licence."""
+    sources = manifest("SOURCES")
+    licences: dict[str, int] = {}
+    for about in sources["sets"].values():
+        licences[about["licence"]] = licences.get(about["licence"], 0) + 1
+    counted = ", ".join(f"{n} under {licence}" for licence, n in sorted(licences.items(), key=lambda x: -x[1]))
+    fonts = sorted({f["licence"] for f in sources["fonts"].values()})
+    digits = sources["digits"]
+    return (
+        f"Drawings: {len(sources['sets'])} icon sets of @iconify/json 2.2.535 ({counted}), rendered and recoloured.",
+        f"Printed letters: {len(sources['fonts'])} font families of Fontsource ({', '.join(fonts)}).",
+        f"Handwritten digits: {digits['title']}, by {digits['author']} ({digits['licence']}; {digits['changes']}).",
+        "Every set, author and licence: perdure/benchmarks/mini/assets/SOURCES.json.",
+    )

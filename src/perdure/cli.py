@@ -1,0 +1,283 @@
+"""The command line: ``perdure run``, ``resume``, ``methods``, ``streams``, ``report``, ``export``, ``demo``."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from perdure import __version__
+from perdure.core.errors import PerdureError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Vision-language models that learn task after task and keep what they knew.",
+)  # fmt: skip
+
+Out = Annotated[Path | None, typer.Option(help="Folder of the run.")]
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+@app.command(context_settings={"ignore_unknown_options": False})
+def run(
+    assignments: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options; see 'perdure methods NAME'.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="What learns; see 'perdure methods'.")] = "",
+    stream: Annotated[str, typer.Option(help="What is learned; see 'perdure streams'.")] = "",
+    preset: Annotated[str | None, typer.Option(help="A published setting by name, or a YAML file.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The (first) seed.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, each a run in OUT/seed_N.")] = 1,
+    out: Out = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that OUT holds.")] = False,
+) -> None:
+    """Learn the tasks of a stream one after another, and measure what was won and lost."""
+    from perdure import launch
+
+    settings = launch.read_preset(preset) if preset else {}
+    method, stream = method or str(settings.get("method", "")), stream or str(settings.get("stream", ""))
+    missing = [f"--{k}" for k, v in (("method", method), ("stream", stream)) if not v]
+    if missing:
+        raise PerdureError(f"{' and '.join(missing)} missing. See: perdure methods, perdure streams.")
+    folder = out or Path("runs") / f"{method}-{stream}-{seed if seeds == 1 else f'{seeds}-seeds'}"
+    if seeds == 1:
+        watched(
+            folder,
+            f"{method} on {stream}",
+            lambda w: launch.run(
+                method,
+                stream,
+                folder,
+                seed=seed,
+                overwrite=overwrite,
+                watcher=w,
+                preset=preset,
+                assignments=assignments or [],
+            ),
+        )
+        finish([folder])
+        return
+    if (folder / "config.json").exists():
+        raise PerdureError(f"{folder} holds a run of one seed. Choose another folder with --out.")
+    for number in range(seed, seed + seeds):
+        one = folder / f"seed_{number}"
+        watched(
+            one,
+            f"{method} on {stream}, seed {number}",
+            lambda w, one=one, number=number: launch.run(  # type: ignore[misc]
+                method,
+                stream,
+                one,
+                seed=number,
+                overwrite=overwrite,
+                watcher=w,
+                preset=preset,
+                assignments=assignments or [],
+            ),
+        )
+    gather_seeds(folder)
+    finish([folder])
+
+
+def gather_seeds(folder: Path) -> None:
+    """Write the means over the finished seeds of ``folder`` to its own metrics.json."""
+    from perdure.core.state import write_json
+    from perdure.launch import over_seeds
+
+    found = sorted(folder.glob("seed_*"), key=lambda p: int(p.name.removeprefix("seed_")))
+    write_json(folder / "metrics.json", over_seeds([read_metrics(p) for p in found]))
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> None:
+    """Go on with a run that was stopped, after its last good task."""
+    from perdure import launch
+
+    seeds = sorted(run.glob("seed_*/config.json"))
+    for config in seeds or [run / "config.json"]:
+        watched(config.parent, str(config.parent), lambda w, at=config.parent: launch.resume(at, w))  # type: ignore[misc]
+    if seeds:
+        gather_seeds(run)
+    finish([run])
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Show one method's options.")] = None) -> None:
+    """List the methods, or the options of one."""
+    from rich.table import Table
+
+    from perdure import launch
+    from perdure.core.config import options
+    from perdure.engine.run import Settings
+
+    screen = console()
+    table = Table(box=None, pad_edge=False)
+    if name is None:
+        for column in ("method", "", "paper"):
+            table.add_column(column)
+        for entry in launch.methods():
+            role = f" ({entry.about['role']} role, for combinations)" if "role" in entry.about else ""
+            table.add_row(f"[bold]{entry.name}[/]", entry.summary + role, entry.paper)
+        screen.print(table)
+        return
+    entry = launch.method_entry(name)
+    screen.print(f"[bold]{name}[/]: {entry.summary} {entry.paper}\n")
+    for column in ("key", "type", "default", "meaning"):
+        table.add_column(column)
+    for _, option in launch.method_options(entry).values():
+        table.add_row(f"[bold]{option.key}[/]", option.kind, str(option.default), option.meaning)
+    table.add_section()
+    for option in options(Settings).values():
+        table.add_row(f"[bold]{option.key}[/]", option.kind, str(option.default), option.meaning)
+    screen.print(table)
+
+
+@app.command()
+def streams() -> None:
+    """List the streams."""
+    from rich.table import Table
+
+    from perdure.benchmarks import STREAMS
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("stream", "tasks", "classes", "train", "test", "asked among", ""):
+        table.add_column(column)
+    for entry in STREAMS:
+        data = entry.value()
+        classes = sum(len(t.classes) for t in data.tasks)
+        sizes = [sum(len(getattr(t, side)) for t in data.tasks) for side in ("train", "test")]
+        counts = map(str, (len(data.tasks), classes, *sizes))
+        table.add_row(f"[bold]{entry.name}[/]", *counts, f"{data.labels}, task {data.task_id}", entry.summary)
+    console().print(table)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or metrics.json files.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; the PNG lies beside it.")] = None,
+) -> None:
+    """Draw one HTML page and one PNG of one run or several."""
+    finish(runs, out or (runs[0] if len(runs) == 1 and runs[0].is_dir() else Path()) / "report.html")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")],
+    task: Annotated[
+        int | None, typer.Option(min=0, help="After which task (0: before any); default: the last.")
+    ] = None,
+) -> None:
+    """Write the model of a run as a plain transformers checkpoint."""
+    from perdure import launch
+
+    weights_after = launch.export(run, out, task)
+    console().print(f"The model after {weights_after} lies in {out}. Load it with CLIPModel.from_pretrained.")
+
+
+@app.command()
+def demo(out: Out = None) -> None:
+    """Watch a small CLIP learn eight tasks in a row: what it forgot, and what it would have known."""
+    from perdure import launch
+
+    folder = out or launch.demo_folder(Path("runs"))
+    done = []
+    for method in launch.DEMO:
+        one = folder / method
+        done.append(one)
+        if launch.is_finished(one):
+            continue
+        if (one / "config.json").exists():
+            watched(one, method, lambda w, one=one: launch.resume(one, w))  # type: ignore[misc]
+        else:
+            watched(one, method, lambda w, one=one, m=method: launch.run(m, "mini-mtil", one, watcher=w))  # type: ignore[misc]
+    finish(done, folder / "report.html")
+
+
+def watched(folder: Path, title: str, work: Any) -> None:
+    """Do ``work(watcher)`` under a live view; Ctrl-C stops tidily."""
+    from perdure.view import Screen
+
+    screen = Screen(console(), title)
+    try:
+        with screen:
+            work(screen)
+    except KeyboardInterrupt:
+        screen.console.print(f"\nStopped. Every task that was finished is kept. Go on with: perdure resume {folder}")
+        raise typer.Exit(130) from None
+
+
+def read_metrics(run: Path) -> dict[str, Any]:
+    """The metrics of a run folder, or of a metrics.json file."""
+    from perdure.core.state import read_json
+
+    path = run / "metrics.json" if run.is_dir() else run
+    if not path.exists():
+        raise PerdureError(f"{run} holds no results yet (there is no {path}).")
+    found = read_json(path)
+    if not isinstance(found, dict) or not {"accuracy", "tasks", "method"} <= set(found):
+        raise PerdureError(f"{path} is not a metrics file of perdure.")
+    return found
+
+
+def finish(runs: list[Path], page: Path | None = None) -> None:
+    """Print the table of the runs; write the page and the picture."""
+    from perdure.report import figure, html
+    from perdure.view import summary
+
+    found = [read_metrics(run) for run in runs]
+    screen = console()
+    screen.print(summary(found))
+    page = page or runs[0] / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    html.write(found, page)
+    picture = figure.draw(found, page.with_suffix(".png"))
+    screen.print(f"Report:  {page}\nPicture: {picture}", highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """What a user can put right ends with one message and exit code 2, not with a traceback."""
+    try:
+        yield
+    except PerdureError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        message = f"{error.strerror}{where}. Tasks that were finished are kept; make room or choose another --out, then resume."
+    else:
+        return
+    print(f"Error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+    if show:
+        typer.echo(f"perdure {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The entry point of the command ``perdure``."""
+    with plainly():
+        app()
+
+
+if __name__ == "__main__":
+    main()

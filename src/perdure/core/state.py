@@ -1,0 +1,129 @@
+"""Files that survive: written beside and renamed, with a checksum; tensors as safetensors, the rest as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from perdure.core.errors import DamagedFile
+
+S = TypeVar("S")
+
+
+def digest(data: bytes) -> str:
+    """The sha256 of ``data``, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_bytes(path: Path, data: bytes) -> str:
+    """Write ``data`` so that ``path`` holds the old content or all of the new, never a part. Returns the sha256."""
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+    return digest(data)
+
+
+def write_json(path: Path, value: Any) -> str:
+    """Write ``value`` as JSON (no NaN), atomically. Returns the sha256."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    return write_bytes(path, text.encode() + b"\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors as safetensors, atomically. Returns the sha256."""
+    return write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; ``DamagedFile`` if it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedFile(f"{path} is missing.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DamagedFile(f"{path} is damaged: {error}.") from None
+
+
+def read_bytes(path: Path, sha256: str) -> bytes:
+    """The content of a file whose sha256 is known; ``DamagedFile`` if it is missing or another."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DamagedFile(f"{path} is missing.") from None
+    if digest(data) != sha256:
+        raise DamagedFile(f"{path} is damaged: its checksum is not the one recorded when it was written.")
+    return data
+
+
+def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose sha256 is known; ``DamagedFile`` if it is missing or another."""
+    try:
+        return dict(load(read_bytes(path, sha256)))
+    except SafetensorError as error:
+        raise DamagedFile(f"{path} is damaged: {error}.") from None
+
+
+def pack(state: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """A ``State`` dataclass → (tensors by file, plain values).
+
+    Fields are plain values (JSON), ``dict[str, Tensor]`` (one file ``state``), or ``dict[str, dict[str, Tensor]]``:
+    one file an entry, written once, because what was learned for a task is kept as it was.
+    """
+    files: dict[str, dict[str, Tensor]] = {}
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(state):
+        value = getattr(state, field.name)
+        if not isinstance(value, dict) or not value or not isinstance(next(iter(value.values())), Tensor | dict):
+            values[field.name] = value
+        elif isinstance(next(iter(value.values())), Tensor):
+            files.setdefault("state", {}).update({f"{field.name}/{k}": v for k, v in value.items()})
+        else:
+            files.update({f"{field.name}_{k}": v for k, v in value.items()})
+            values[field.name] = {"entries": sorted(value)}
+    return files, values
+
+
+def unpack(kind: type[S], files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> S:
+    """The inverse of ``pack``."""
+    found = dict(values)
+    for name, tensor in files.get("state", {}).items():
+        field, _, key = name.partition("/")
+        found.setdefault(field, {})[key] = tensor
+    for field, value in values.items():
+        if isinstance(value, dict) and set(value) == {"entries"}:
+            found[field] = {key: dict(files[f"{field}_{key}"]) for key in value["entries"]}
+    return kind(**found)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a run's folder: a second process that writes to it is refused. The system frees a dead one's hold."""
+    try:
+        import fcntl
+    except ImportError:  # no such lock on this system
+        yield
+        return
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DamagedFile(f"{folder} is being written by another process. Wait for it, or stop it first.") from None
+        yield

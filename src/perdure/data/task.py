@@ -1,0 +1,137 @@
+"""What is learned and asked: classes, images, tasks, streams, queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Class:
+    """A class: its name and the prompt templates it is asked with; the first is the one training uses."""
+
+    name: str
+    templates: tuple[str, ...]
+
+    def prompts(self) -> list[str]:
+        return [template.format(self.name) for template in self.templates]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images in memory. pixels: (N, 3, H, W) uint8; labels: (N,) int64, indices into the task's classes."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def spread(self, most: int) -> Images:
+        """At most ``most`` images, evenly spread over the order they lie in (by class, as a rule); 0: all."""
+        if not most or len(self) <= most:
+            return self
+        index = torch.linspace(0, len(self) - 1, most).round().long()
+        return Images(self.pixels[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a stream.
+
+    ``group`` (C,) is set where several tasks are learned at once but classes compete within their own task only: it holds
+    the number of each class's task.
+    """
+
+    name: str
+    classes: tuple[Class, ...]
+    train: Images
+    test: Images
+    index: int = 0
+    group: Tensor | None = None
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        for images in (self.train, self.test):
+            if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < len(self.classes):
+                raise ValueError(f"task {self.name}: labels must lie in 0 … {len(self.classes) - 1}")
+
+    def prompts(self) -> list[str]:
+        """One prompt a class, from its training template."""
+        return [c.templates[0].format(c.name) for c in self.classes]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Images of concepts that no task teaches: the ability a model was born with."""
+
+    classes: tuple[Class, ...]
+    test: Images
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tasks in the order in which they are learned.
+
+    ``labels`` and ``task_id`` are the protocol that the stream is usually evaluated under; ``model`` the CLIP that it was
+    made for; ``defaults`` the option values that suit it; ``digest`` identifies the split; ``notes`` the data's licences.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    probe: Probe | None
+    model: str
+    digest: str
+    labels: str = "task"
+    task_id: str = "known"
+    defaults: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def shortened(self, tasks: int, images: int) -> Stream:
+        """The first ``tasks`` tasks with at most ``images`` images a side, for a quick look; 0: all. Another split."""
+        if not tasks and not images:
+            return self
+        kept = self.tasks[: tasks or None]
+        probe = self.probe and replace(self.probe, test=self.probe.test.spread(images))
+        short = tuple(replace(t, train=t.train.spread(images), test=t.test.spread(images)) for t in kept)
+        return replace(self, tasks=short, probe=probe, digest=f"{self.digest}/{tasks}/{images}")
+
+    def joined(self, grouped: bool) -> Task:
+        """All tasks as one; ``grouped``: classes go on competing within their own task only."""
+        sizes = [len(t.classes) for t in self.tasks]
+        shift = torch.tensor([0, *sizes]).cumsum(0)
+        sides = [
+            Images(
+                torch.cat([getattr(t, side).pixels for t in self.tasks]),
+                torch.cat([getattr(t, side).labels + shift[i] for i, t in enumerate(self.tasks)]),
+            )
+            for side in ("train", "test")
+        ]
+        group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)) if grouped else None
+        classes = tuple(c for t in self.tasks for c in t.classes)
+        return Task("all tasks", classes, sides[0], sides[1], index=0, group=group, parts=len(self.tasks))
+
+
+@dataclass(frozen=True)
+class Query:
+    """A question: which of ``classes`` does each image show?
+
+    images: (B, 3, H, W) uint8. ``task`` is the number of the task the images belong to, or None where it is hidden or the
+    images belong to none; only the protocol sets it.
+    """
+
+    images: Tensor
+    classes: Sequence[Class]
+    task: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A training batch. images: (B, 3, H, W) float32 in 0 … 1, augmented; labels: (B,) int64."""
+
+    images: Tensor
+    labels: Tensor

@@ -1,0 +1,1 @@
+"""Floor 4: the loop over tasks, evaluation, and runs that survive."""

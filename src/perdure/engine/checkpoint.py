@@ -1,0 +1,148 @@
+"""A run's folder: one folder a task, complete or absent, every file with its checksum.
+
+``config.json``            what was asked for, the split, the environment
+``task_03_food/``          ``weights.safetensors``, the method's state files, ``hits.safetensors``, ``state.json``
+``metrics.json``           the figures so far
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from perdure.core.errors import DamagedFile
+from perdure.core.state import digest, read_json, read_tensors, write_bytes, write_json
+from perdure.methods.base import Method
+
+
+@dataclass
+class Saved:
+    """A task folder read back: which files hold what, and the record of the task."""
+
+    folder: Path
+    record: dict[str, Any]
+    files: dict[str, dict[str, Tensor]]
+
+    def restore(self, method: Method) -> None:
+        """Put weights and state back into a bound method."""
+        if "weights" in self.files:
+            method.clip.load_own_state(self.files["weights"], f"saved {self.folder.name}")
+        state = {name: tensors for name, tensors in self.files.items() if name not in ("weights", "hits")}
+        method.unpack_state(state, self.record["values"])
+
+
+def folder_name(index: int, task: str) -> str:
+    """``task_03_food``; characters that a file system may refuse become ``-``."""
+    return f"task_{index:02d}_{re.sub(r'[^A-Za-z0-9._-]+', '-', task)}"
+
+
+def task_folders(run: Path) -> list[Path]:
+    """The complete task folders, in order."""
+    return sorted(p for p in run.glob("task_*") if p.is_dir())
+
+
+def save_task(run: Path, name: str, method: Method, hits: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Write a task's folder beside, then rename it: it exists whole or not at all.
+
+    A state file that an earlier task wrote once (an expert, say) is named again, not written again.
+    """
+    files, values = method.pack_state()
+    if method.carries_weights:
+        files["weights"] = method.clip.own_state()
+    files["hits"] = hits
+    kept = earlier_files(run)
+    beside = run / f".{name}.writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        written = {}
+        for key, tensors in sorted(files.items()):
+            if key in kept and key.rsplit(".", 1)[-1] not in ("state", "weights", "hits"):
+                written[key] = kept[key]
+                continue
+            path = f"{key.replace(' ', '-').replace('/', '-')}.safetensors"
+            data = save({n: t.detach().cpu().contiguous() for n, t in sorted(tensors.items())})
+            written[key] = {"path": f"{name}/{path}", "sha256": write_bytes(beside / path, data), "bytes": len(data)}
+        write_json(beside / "state.json", sealed({**record, "values": values, "files": written}))
+        os.replace(beside, run / name)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a checksum of itself, so that an altered number is noticed too."""
+    return {**record, "sha256": digest(json.dumps(record, sort_keys=True).encode())}
+
+
+def earlier_files(run: Path) -> dict[str, dict[str, Any]]:
+    """The files named by the last complete task."""
+    folders = task_folders(run)
+    return read_record(folders[-1])["files"] if folders else {}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A task's ``state.json``, its seal checked."""
+    record = read_json(folder / "state.json")
+    seal = record.pop("sha256", None) if isinstance(record, dict) else None
+    if seal != digest(json.dumps(record, sort_keys=True).encode()):
+        raise DamagedFile(f"{folder / 'state.json'} is damaged: its content is not what was written.")
+    return record
+
+
+def read_task(folder: Path, tensors: bool) -> Saved:
+    """Read a task's folder and check what is read: its record and hits, and with ``tensors`` weights and state too.
+
+    ``DamagedFile`` names the file that is missing or altered.
+    """
+    record = read_record(folder)
+    names = record["files"] if tensors else {"hits": record["files"]["hits"]}
+    files = {key: read_tensors(folder.parent / about["path"], about["sha256"]) for key, about in names.items()}
+    return Saved(folder, record, files)
+
+
+def good_tasks(run: Path, warn: Callable[[str], None]) -> list[Saved]:
+    """The longest unbroken course of good tasks, the last of them with all its tensors.
+
+    A damaged task and those after it are set aside (renamed, not deleted) and named through ``warn``.
+    """
+    folders = task_folders(run)
+    good: list[Saved] = []
+    for number, folder in enumerate(folders):
+        try:
+            if int(folder.name.split("_")[1]) != number:
+                raise DamagedFile(f"{run}: the folder of task {number} is missing.")
+            good.append(read_task(folder, tensors=False))
+        except DamagedFile as error:
+            set_aside(folders[number:], good, error, warn)
+            break
+    while good:
+        try:
+            return [*good[:-1], read_task(good[-1].folder, tensors=True)]
+        except DamagedFile as error:
+            set_aside([good.pop().folder], good, error, warn)
+    return []
+
+
+def set_aside(folders: list[Path], good: list[Saved], error: DamagedFile, warn: Callable[[str], None]) -> None:
+    """Rename task folders that cannot be used, and say so."""
+    for folder in folders:
+        os.replace(folder, free_name(folder.with_name(f"damaged_{folder.name}")))
+    names = ", ".join(f.name for f in folders)
+    onward = f"goes on after {good[-1].folder.name}" if good else "starts anew"
+    warn(f"{error} Set aside as damaged_…: {names}. The run {onward}.")
+
+
+def free_name(path: Path) -> Path:
+    """``path``, or ``path-2``, ``path-3`` … where it is taken."""
+    tries = (path if n == 1 else path.with_name(f"{path.name}-{n}") for n in range(1, 10_000))
+    return next(p for p in tries if not p.exists())

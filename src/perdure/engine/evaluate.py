@@ -1,0 +1,102 @@
+"""Evaluation under an explicit protocol: which class names compete, and whether the task is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perdure.core.seeding import derive
+from perdure.data.task import Class, Images, Query, Stream
+from perdure.methods.base import Method
+from perdure.ops import metrics
+
+DRAWS = 1000  # bootstrap samples
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """``labels``: the classes that compete for an image of task j after task i: those of task j (``task``), of the tasks
+    seen so far and of task j (``seen``), or of all tasks (``all``). ``task_id``: whether the method is told j."""
+
+    labels: Literal["task", "seen", "all"]
+    task_id: Literal["known", "hidden"]
+
+    def classes(self, stream: Stream, seen: int, j: int) -> tuple[tuple[Class, ...], int]:
+        """The competing classes after ``seen`` tasks, and where task j's own begin among them."""
+        numbers = {"task": [j], "seen": sorted({*range(seen), j}), "all": range(len(stream.tasks))}[self.labels]
+        own = sum(len(stream.tasks[k].classes) for k in numbers if k < j)
+        return tuple(c for k in numbers for c in stream.tasks[k].classes), own
+
+    def __str__(self) -> str:
+        return f"labels={self.labels}, task_id={self.task_id}"
+
+
+@torch.no_grad()
+def predicted(method: Method, images: Images, classes: tuple[Class, ...], task: int | None, size: int = 512) -> Tensor:
+    """The number of the predicted class of each image, (N,) int64."""
+    parts = (method.predict(Query(x, classes, task)).argmax(1).cpu() for x in images.pixels.split(size))
+    return torch.cat(list(parts))
+
+
+def evaluate(method: Method, stream: Stream, protocol: Protocol, seen: int) -> dict[str, Tensor]:
+    """After ``seen`` tasks: which test images of each task, by name, and of the probe are answered rightly, (N,) uint8."""
+    hits = {}
+    for j, task in enumerate(stream.tasks):
+        classes, own = protocol.classes(stream, seen, j)
+        told = j if protocol.task_id == "known" else None
+        hits[task.name] = predicted(method, task.test, classes, told).eq(task.test.labels + own).to(torch.uint8)
+    if stream.probe is not None:
+        answers = predicted(method, stream.probe.test, stream.probe.classes, None)
+        hits["probe"] = answers.eq(stream.probe.test.labels).to(torch.uint8)
+    return hits
+
+
+def per_cent(hits: Tensor) -> float:
+    """The mean of hits, in per cent."""
+    return 100 * hits.double().mean().item()
+
+
+def summarise(stream: Stream, rows: list[dict[str, Tensor]], protocol: Protocol, transfers: bool) -> dict[str, Any]:
+    """Every figure of a run, from the hits after each task (row 0: before any), with 95 % bootstrap intervals.
+
+    ``transfers``: whether the rows are a course over tasks; where all tasks are learned at once, figures that compare
+    rows mean nothing and are None.
+    """
+    names = [t.name for t in stream.tasks]
+    finished = len(rows) == len(names) + 1
+    accuracy = [[per_cent(row[name]) for name in names] for row in rows]
+    samples = {name: bootstrap([row[name] for row in rows], name) for name in rows[0]}
+    draws = np.stack([samples[n] for n in names], axis=-1)  # (draws, rows, tasks)
+    out: dict[str, Any] = {
+        "accuracy": accuracy,
+        "accuracy_interval": [[metrics.interval(draws[:, i, j]) for j in range(len(names))] for i in range(len(rows))],
+        "probe": [per_cent(row["probe"]) for row in rows] if "probe" in rows[0] else None,
+        "probe_interval": [metrics.interval(s) for s in samples["probe"].T] if "probe" in rows[0] else None,
+        "intervals": {},
+    }
+    alone = {"average", "last"}
+    for name, figure in metrics.FIGURES.items():
+        value = figure(accuracy) if finished and (transfers or name in alone) else None
+        out[name] = None if value is None else float(value)
+        if value is not None:
+            out["intervals"][name] = metrics.interval(figure(draws))  # type: ignore[arg-type]
+    steps = [seen_accuracy(row, names[:i]) for i, row in enumerate(rows) if i > 0]
+    wanted = finished and protocol.labels == "seen"
+    out["incremental"] = steps if protocol.labels == "seen" else None
+    out["incremental_average"], out["incremental_last"] = metrics.incremental(steps) if wanted else (None, None)
+    return out
+
+
+def bootstrap(hits: list[Tensor], name: str) -> metrics.Matrix:
+    """(draws, rows) accuracies of resampled test images of one task; the draws depend on its name alone."""
+    rng = np.random.default_rng(derive("bootstrap", name))
+    return metrics.resampled(torch.stack(hits).numpy().astype(bool), DRAWS, rng)
+
+
+def seen_accuracy(row: dict[str, Tensor], names: list[str]) -> float:
+    """Accuracy over the test images of all tasks seen, in per cent."""
+    return per_cent(torch.cat([row[name] for name in names]))

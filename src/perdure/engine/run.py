@@ -1,0 +1,238 @@
+"""The loop over tasks: learn, fuse, calibrate, evaluate, save; again from the last good task after an interruption."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from perdure.core.errors import PerdureError
+from perdure.core.seeding import reseed
+from perdure.core.state import only_one, write_json
+from perdure.data.task import Stream, Task
+from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
+from perdure.engine.evaluate import Protocol, evaluate, per_cent, summarise
+from perdure.methods.base import Method
+from perdure.models.clip import CLIP
+from perdure.training.fit import fit, precision_of
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run needs beyond the method's options."""
+
+    model: Annotated[str, Field(description="folder or Hub id of a CLIP; empty: the stream's own")] = ""
+    labels: Annotated[
+        Literal["stream", "task", "seen", "all"], Field(description="classes that compete; stream: as is usual there")
+    ] = "stream"
+    task_id: Annotated[
+        Literal["stream", "known", "hidden"], Field(description="whether the task is told; stream: as is usual there")
+    ] = "stream"
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"], Field(description="of training; auto: bf16 where the processor has it")
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="auto: an accelerator if there is one")] = (
+        "auto"
+    )
+    threads: Annotated[int, Field(ge=0, description="processor threads; 0: as torch chooses")] = 0
+    tasks: Annotated[int, Field(ge=0, description="only the first tasks, for a quick look; 0: all")] = 0
+    images: Annotated[
+        int, Field(ge=0, description="at most so many images a task and side, for a quick look; 0: all")
+    ] = 0
+
+    def settled(self, stream: Stream) -> Settings:
+        """With every choice made, as a run records it."""
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise PerdureError("device=cuda: torch finds no CUDA device here. Use device=cpu.")
+        return replace(
+            self,
+            model=self.model or "stream",
+            labels=stream.labels if self.labels == "stream" else self.labels,  # type: ignore[arg-type]
+            task_id=stream.task_id if self.task_id == "stream" else self.task_id,  # type: ignore[arg-type]
+            precision=precision_of(self.precision),  # type: ignore[arg-type]
+            device=device,  # type: ignore[arg-type]
+            threads=self.threads or torch.get_num_threads(),
+        )
+
+
+class Watcher:
+    """Hears how a run goes; the command line's draws it. The default is silent."""
+
+    def begins(self, tasks: list[str], rows: list[list[float]], probe: list[float]) -> None:
+        """A run begins or goes on, with the rows it has."""
+
+    def learns(self, task: str, number: int) -> None:
+        """Task ``number`` (1 … T) is being learned; 0: the model is looked at before any."""
+
+    def step(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
+        """A training step is done."""
+
+    def evaluates(self) -> None:
+        """All tasks and the probe are being evaluated."""
+
+    def row(self, accuracy: list[float], probe: float | None) -> None:
+        """A row of the accuracy matrix is known and safe on disk."""
+
+    def warn(self, text: str) -> None:
+        """Something the user should know."""
+        print(text, file=sys.stderr)
+
+
+def environment(settings: Settings) -> dict[str, Any]:
+    """Versions and machine: what may change a result's bits."""
+    packages = ("torch", "transformers", "peft", "safetensors", "numpy", "perdure")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": settings.threads,
+        "device": settings.device,
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held so far, in MB."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e6 if sys.platform == "darwin" else 1e3 / 1.024), 1)
+
+
+def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, watcher: Watcher) -> dict[str, Any]:
+    """Run, or go on with, the run whose ``config.json`` lies in ``folder``; return the metrics, which it writes too.
+
+    Killed at any moment and called again, it ends with the same bits as an undisturbed run on the same machine.
+    """
+    settings, seed = Settings(**config["settings"]), config["seed"]
+    torch.set_num_threads(settings.threads)
+    with only_one(folder):
+        clip = CLIP.load(stream.model if settings.model == "stream" else settings.model, settings.device)
+        reseed(seed, "bind")
+        method.bind(clip)
+        done = good_tasks(folder, watcher.warn)
+        if done:
+            done[-1].restore(method)
+        loop = Loop(method, stream, config, folder, watcher, done)
+        while loop.next_task():
+            pass
+        return loop.metrics()
+
+
+class Loop:
+    """The tasks of one run, and the rows they leave."""
+
+    def __init__(
+        self, method: Method, stream: Stream, config: dict[str, Any], folder: Path, watcher: Watcher, done: list[Saved]
+    ):
+        self.method, self.stream, self.config, self.folder, self.watcher = method, stream, config, folder, watcher
+        self.settings = Settings(**config["settings"])
+        self.protocol = Protocol(self.settings.labels, self.settings.task_id)  # type: ignore[arg-type]
+        self.rows = [saved.files["hits"] for saved in done]
+        self.records = [saved.record for saved in done]
+        shown = [self.shown(hits) for hits in self.rows]
+        watcher.begins([t.name for t in stream.tasks], [a for a, _ in shown], [p for _, p in shown if p is not None])
+
+    def shown(self, hits: dict[str, Tensor]) -> tuple[list[float], float | None]:
+        """A row as accuracies in per cent, and the probe's."""
+        return [per_cent(hits[t.name]) for t in self.stream.tasks], per_cent(hits["probe"]) if "probe" in hits else None
+
+    def next_task(self) -> bool:
+        """Do the next task, row 0 first; False when all are done."""
+        number = len(self.rows)
+        if number > len(self.stream.tasks):
+            return False
+        name = self.stream.tasks[number - 1].name if number else "before"
+        self.watcher.learns(name, number)
+        start = time.perf_counter()
+        losses = self.learn(number) if number else {}
+        trained = time.perf_counter()
+        self.watcher.evaluates()
+        same = number > 0 and not losses and self.protocol.labels != "seen"  # nothing learned, nothing else asked
+        hits = self.rows[-1] if same else evaluate(self.method, self.stream, self.protocol, number)
+        record = {
+            "task": name,
+            "number": number,
+            "losses": losses,
+            "seconds": {"train": round(trained - start, 3), "evaluate": round(time.perf_counter() - trained, 3)},
+            "peak_memory_mb": peak_memory_mb(),
+            "split": self.stream.digest,
+        }
+        save_task(self.folder, folder_name(number, name), self.method, hits, record)
+        self.rows.append(hits)
+        self.records.append(record)
+        write_json(self.folder / "metrics.json", self.metrics())
+        self.watcher.row(*self.shown(hits))
+        return True
+
+    def learn(self, number: int) -> dict[str, list[float]]:
+        """Learn task ``number`` (1 …); return its losses, one value a step by name."""
+        task = self.to_learn(number)
+        generator = reseed(self.config["seed"], number)
+        if task is None:
+            return {}
+        clip = self.method.clip
+        self.method.start(task)
+        self.method.begin_task(task)
+        losses = fit(self.method, task, generator, clip.size, clip.device, self.settings.precision, self.watcher.step)
+        if losses:
+            clip.trained(f"trained {task.name}")
+        self.method.fuse(task)
+        self.method.calibrate(task)
+        return losses
+
+    def to_learn(self, number: int) -> Task | None:
+        """The task that a row stands for; a method that sees the whole stream learns it all before row 1."""
+        if self.method.scope == "task":
+            return self.stream.tasks[number - 1]
+        return self.stream.joined(grouped=self.protocol.labels == "task") if number == 1 else None
+
+    def metrics(self) -> dict[str, Any]:
+        """The content of ``metrics.json``."""
+        tasks = [t.name for t in self.stream.tasks]
+        figures = summarise(self.stream, self.rows, self.protocol, transfers=self.method.scope == "task")
+        seconds = [r["seconds"] for r in self.records]
+        c = self.config
+        return {
+            "format": FORMAT,
+            "perdure": c["environment"]["perdure"],
+            "finished": len(self.rows) == len(tasks) + 1,
+            "method": c["method"],
+            "stream": c["stream"],
+            "seed": c["seed"],
+            "tasks": tasks,
+            **figures,
+            "seconds": round(sum(s["train"] + s["evaluate"] for s in seconds), 2),
+            "seconds_by_task": [{"task": r["task"], **r["seconds"]} for r in self.records],
+            "peak_memory_mb": max(r["peak_memory_mb"] for r in self.records),
+            "losses": {r["task"]: thinned(r["losses"]) for r in self.records if r["losses"]},
+            "protocol": {"labels": self.protocol.labels, "task_id": self.protocol.task_id},
+            "config": {**c["options"], **asdict(self.settings)},
+            "environment": c["environment"],
+            "data": {"name": self.stream.name, "split": self.stream.digest, "notes": list(self.stream.notes)},
+        }
+
+
+def thinned(losses: dict[str, list[float]], points: int = 60) -> dict[str, list[float]]:
+    """Losses as means over at most ``points`` stretches of steps, with the step at which each ends."""
+    length = len(next(iter(losses.values())))
+    size = -(-length // points)
+    edges = range(0, length, size)
+    means = {n: [round(sum(v[i : i + size]) / len(v[i : i + size]), 5) for i in edges] for n, v in losses.items()}
+    return {"step": [min(i + size, length) for i in edges], **means}

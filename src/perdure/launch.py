@@ -1,0 +1,276 @@
+"""From names and ``key=value`` to a run on disk: what the command line and ``perdure.run`` share."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from perdure.benchmarks import STREAMS
+from perdure.core.config import Option, options, pairs, resolve
+from perdure.core.errors import DamagedFile, PerdureError, unknown
+from perdure.core.registry import Entry
+from perdure.core.state import read_json, write_json
+from perdure.data.task import Stream
+from perdure.engine.evaluate import Protocol
+from perdure.engine.run import FORMAT, Settings, Watcher, environment
+from perdure.engine.run import run as engine_run
+from perdure.methods import load_all
+from perdure.methods.base import METHODS, Method, Row
+from perdure.methods.compose import Compose
+from perdure.ops.metrics import interval
+
+PRESETS = files("perdure") / "presets"
+
+
+def methods() -> list[Entry[Any]]:
+    """Every registered method and table row."""
+    load_all()
+    return list(METHODS)
+
+
+def method_entry(name: str) -> Entry[Any]:
+    """A method or row that can run by itself. ``PerdureError`` for any other name."""
+    runnable = {e.name for e in methods() if "role" not in e.about}
+    entry = METHODS[name]
+    if name not in runnable:
+        rows = sorted(e.name for e in METHODS if isinstance(e.value, Row) and name in dict(e.value.parts().values()))
+        raise PerdureError(f"'{name}' plays the role {entry.about['role']} only. Rows that use it: {', '.join(rows)}.")
+    return entry
+
+
+def method_options(entry: Entry[Any]) -> dict[str, tuple[str, Option]]:
+    """The options of a method, or of the parts of a row: key → (role, option); the first part that has a key owns it."""
+    if not isinstance(entry.value, Row):
+        return {key: ("learn", option) for key, option in options(entry.value.Config).items()}
+    out: dict[str, tuple[str, Option]] = {}
+    for role, (part, fixed) in entry.value.parts().items():
+        for key, option in options(METHODS[part].value.Config).items():
+            default = fixed.get(key, option.default)
+            out.setdefault(key, (role, dataclasses.replace(option, default=default)))
+    return out
+
+
+def build(name: str, values: Mapping[str, Any]) -> Method:
+    """The method, or the composition that a row stands for, with resolved option values."""
+    entry = method_entry(name)
+    known = method_options(entry)
+    if not isinstance(entry.value, Row):
+        return entry.value(**values)
+    parts = {
+        role: METHODS[part].value(**{key: values[key] for key, (owner, _) in known.items() if owner == role})
+        for role, (part, _) in entry.value.parts().items()
+    }
+    return Compose(**parts) if len(parts) > 1 else parts["learn"]
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset by name, or from a YAML file: method, stream and option values."""
+    named = PRESETS / f"{name}.yaml"
+    path = Path(name)
+    if not named.is_file() and not path.is_file():
+        known = [p.name.removesuffix(".yaml") for p in PRESETS.iterdir() if p.name.endswith(".yaml")]
+        raise unknown("preset or preset file", name, known)
+    try:
+        content = yaml.safe_load((named if named.is_file() else path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PerdureError(f"The preset '{name}' is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise PerdureError(f"The preset '{name}' must hold 'key: value' lines.")
+    return content
+
+
+def configure(
+    method: str, stream: str, seed: int, assignments: Iterable[str] | Mapping[str, Any], preset: Mapping[str, Any]
+) -> tuple[dict[str, Any], Stream]:
+    """The resolved configuration of a run, as ``config.json`` keeps it, and its stream. All errors come together."""
+    entry, make = method_entry(method), STREAMS[stream].value
+    known = {key: option for key, (_, option) in method_options(entry).items()}
+    general = options(Settings)
+    given, complaints = (dict(assignments), []) if isinstance(assignments, Mapping) else pairs(assignments)
+    data = make()
+    suits = {**data.defaults.get("all", {}), **data.defaults.get(method, {})}
+    layer = {key: value for key, value in suits.items() if key in known}
+    values = resolve({**known, **general}, layer, preset, given, complaints=complaints)
+    tasks = [t.name for t in data.tasks]
+    for name in sorted(set(values.get("lr_by_task", {})) - set(tasks)):
+        raise unknown("task", name, tasks)
+    settings = Settings(**{key: values[key] for key in general}).settled(data)
+    data = data.shortened(settings.tasks, settings.images)
+    config = {
+        "format": FORMAT,
+        "method": method,
+        "stream": stream,
+        "seed": seed,
+        "options": {key: values[key] for key in known},
+        "settings": dataclasses.asdict(settings),
+        "split": data.digest,
+        "environment": environment(settings),
+    }
+    return config, data
+
+
+def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """The keys in which two configurations differ (the environment may)."""
+    flat_a, flat_b = (
+        {**c["options"], **c["settings"], **{k: c[k] for k in ("method", "stream", "seed", "split")}} for c in (a, b)
+    )
+    return sorted(k for k in set(flat_a) | set(flat_b) if jsonable(flat_a.get(k)) != jsonable(flat_b.get(k)))
+
+
+def jsonable(value: Any) -> Any:
+    """Tuples as lists, as JSON gives them back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's ``config.json``. ``PerdureError`` where the folder holds no run."""
+    if not (folder / "config.json").exists():
+        raise PerdureError(f"{folder} holds no run (it has no config.json). Start one with: perdure run --out {folder}")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise PerdureError(f"{folder} was written by another version of perdure (format {FORMAT} is read here).")
+    return config
+
+
+def make_folder(folder: Path, config: Mapping[str, Any], overwrite: bool) -> None:
+    """Claim a folder for a new run. Nothing that exists is touched unless ``overwrite`` is asked for and it is a run."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not folder.is_dir() or not (folder / "config.json").exists():
+            raise PerdureError(f"{folder} exists and is not a run. Choose another folder with --out.")
+        if not overwrite:
+            raise PerdureError(refusal(folder, config))
+        read_config(folder)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+
+
+def refusal(folder: Path, config: Mapping[str, Any]) -> str:
+    """Why a folder that holds a run is not written to."""
+    differs = same_run(read_config(folder), config)
+    if differs:
+        said = f"{folder} holds a run with another configuration (it differs in {', '.join(differs)})."
+        return f"{said} Choose another folder with --out, or replace it with --overwrite."
+    if is_finished(folder):
+        return f"{folder} holds this very run, finished. Look at it with: perdure report {folder}. Replace it with --overwrite."
+    return (
+        f"{folder} holds this very run, unfinished. Go on with: perdure resume {folder}. Replace it with --overwrite."
+    )
+
+
+def is_finished(folder: Path) -> bool:
+    path = folder / "metrics.json"
+    try:
+        return path.exists() and bool(read_json(path).get("finished"))
+    except DamagedFile:
+        return False
+
+
+def run(
+    method: str, stream: str, out: str | Path | None = None, *, seed: int = 0, overwrite: bool = False,
+    watcher: Watcher | None = None, preset: str | None = None, assignments: Iterable[str] | None = None, **values: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Run ``method`` on ``stream`` and return the metrics (the content of ``out/metrics.json``).
+
+    ``values`` are options of the method or the run, as ``key=value`` is on the command line. ``out`` defaults to
+    ``runs/METHOD-STREAM-SEED``. Raises ``PerdureError`` for anything the caller can put right.
+    """
+    layer = read_preset(preset) if preset else {}
+    layer = {k: v for k, v in layer.items() if k not in ("method", "stream", "about")}
+    config, data = configure(method, stream, seed, assignments if assignments is not None else values, layer)
+    folder = Path(out) if out else Path("runs") / f"{method}-{stream}-{seed}"
+    make_folder(folder, config, overwrite)
+    return engine_run(build(method, config["options"]), data, config, folder, watcher or Watcher())
+
+
+def resume(folder: str | Path, watcher: Watcher | None = None) -> dict[str, Any]:
+    """Go on with the run in ``folder`` after its last good task; return the metrics."""
+    folder, watcher = Path(folder), watcher or Watcher()
+    config = read_config(folder)
+    known = {key: option for key, (_, option) in method_options(method_entry(config["method"])).items()}
+    config["options"] = resolve(known, config["options"])
+    settings = Settings(**config["settings"])
+    data = STREAMS[config["stream"]].value().shortened(settings.tasks, settings.images)
+    if data.digest != config["split"]:
+        raise PerdureError(
+            f"{folder} was run on another version of the stream {data.name} (its split differs). "
+            "Its results stay as they are; start a new run."
+        )
+    now = environment(settings)
+    changed = [k for k in now if now[k] != config["environment"].get(k) and k != "cores"]
+    if changed and not is_finished(folder):
+        watcher.warn(f"The environment has changed ({', '.join(changed)}): the last bits may differ.")
+    return engine_run(build(config["method"], config["options"]), data, config, folder, watcher)
+
+
+def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The means of several seeds' metrics, with standard deviations and bootstrap intervals over the seeds."""
+    first = runs[0]
+    scalars = [k for k, v in first.items() if isinstance(v, float) and all(r[k] is not None for r in runs)]
+    values = {k: np.array([r[k] for r in runs], dtype=np.float64) for k in scalars}
+    picks = np.random.default_rng(0).integers(len(runs), size=(1000, len(runs)))
+    matrices = {k: np.mean([r[k] for r in runs], axis=0).tolist() for k in ("accuracy", "probe") if first[k]}
+    dropped = ("accuracy_interval", "probe_interval", "losses", "seconds_by_task", "incremental")
+    return {
+        **{k: v for k, v in first.items() if k not in dropped},
+        **{k: float(v.mean()) for k, v in values.items()},
+        **matrices,
+        "seed": [r["seed"] for r in runs],
+        "std": {k: float(v.std(ddof=1)) for k, v in values.items()} if len(runs) > 1 else {},
+        "intervals": {k: interval(v[picks].mean(1)) for k, v in values.items() if k in first["intervals"]},
+        "peak_memory_mb": max(r["peak_memory_mb"] for r in runs),
+        "runs": runs,
+    }
+
+
+def protocol_in_words(metrics: Mapping[str, Any]) -> str:
+    """``labels=task, task_id=known``."""
+    return str(Protocol(**metrics["protocol"]))
+
+
+DEMO = ("zero_shot", "finetune", "wise_ft", "individual")
+
+
+def demo_folder(runs: Path) -> Path:
+    """The latest demo that was stopped, to go on with; else the next free name."""
+    number = 1
+    while True:
+        folder = runs / ("demo" if number == 1 else f"demo-{number}")
+        if not folder.exists() or not all(is_finished(folder / method) for method in DEMO):
+            return folder
+        number += 1
+
+
+def export(folder: Path, out: Path, task: int | None = None) -> str:
+    """Write the weights of a run after ``task`` tasks (default: the last) as a ``transformers`` checkpoint.
+
+    Returns the name of that task. ``PerdureError`` where the method answers with several models.
+    """
+    from perdure.core.seeding import reseed
+    from perdure.engine.checkpoint import read_task, task_folders
+    from perdure.models.clip import CLIP
+
+    config = read_config(folder)
+    folders = task_folders(folder)
+    if not folders or (task is not None and task >= len(folders)):
+        raise PerdureError(f"{folder} has {max(0, len(folders) - 1)} finished tasks.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PerdureError(f"{out} exists. Choose a new folder.")
+    method = build(config["method"], config["options"])
+    if not method.carries_weights:
+        raise PerdureError(f"{config['method']} answers with an expert a task, not with one model.")
+    source = config["settings"]["model"]
+    clip = CLIP.load(STREAMS[config["stream"]].value().model if source == "stream" else source)
+    reseed(config["seed"], "bind")
+    method.bind(clip)
+    saved = read_task(folders[-1 if task is None else task], tensors=True)
+    saved.restore(method)
+    clip.save(out)
+    return str(saved.record["task"])

@@ -1,0 +1,80 @@
+"""``Compose``: a method whose three roles come from different methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from perdure.data.task import Batch, Query, Task
+from perdure.methods.base import Expert, Method
+from perdure.models.clip import CLIP
+from perdure.training.fit import Backward, Schedule
+
+
+class Compose(Method):
+    """``Compose(learn=…, fuse=…, answer=…)``: each role is played by the method given for it.
+
+    A role left out is played by the learner. A head is calibrated after fusing, on the features it will see.
+    """
+
+    def __init__(self, learn: Method, fuse: Method | None = None, answer: Method | None = None):
+        self.learn, self.fuser, self.answerer = learn, fuse or learn, answer or learn
+        self.parts = {"learn": learn, "fuse": self.fuser, "answer": self.answerer}
+        self.scope = learn.scope  # type: ignore[misc]
+        self.carries_weights = self.fuser.carries_weights  # type: ignore[misc]
+
+    def bind(self, clip: CLIP) -> None:
+        self.clip = clip
+        self.learn.bind(clip)  # the learner alone decides what may learn
+        self.fuser.clip = self.answerer.clip = clip
+
+    def begin_task(self, task: Task) -> None:
+        self.learn.begin_task(task)
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        return self.learn.parameters()
+
+    def schedule(self, task: Task) -> Schedule:
+        return self.learn.schedule(task)
+
+    def step(self, batch: Batch, backward: Backward) -> None:
+        self.learn.step(batch, backward)
+
+    def start(self, task: Task) -> None:
+        self.fuser.start(task)
+
+    def fuse(self, task: Task) -> None:
+        self.fuser.fuse(task)
+
+    def experts(self, query: Query) -> Sequence[Expert]:
+        return self.fuser.experts(query)
+
+    def calibrate(self, task: Task) -> None:
+        self.answerer.calibrate(task)
+
+    def logits(self, query: Query) -> Tensor:
+        return self.answerer.logits(query)
+
+    def distinct(self) -> dict[str, Method]:
+        """The parts, each once, under the first role it plays."""
+        found: dict[int, tuple[str, Method]] = {}
+        for role, part in self.parts.items():
+            found.setdefault(id(part), (role, part))
+        return dict(found.values())
+
+    def pack_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """The parts' states, each file and value under its part's role."""
+        files: dict[str, dict[str, Tensor]] = {}
+        values: dict[str, Any] = {}
+        for role, part in self.distinct().items():
+            own, values[role] = part.pack_state()
+            files.update({f"{role}.{name}": tensors for name, tensors in own.items()})
+        return files, values
+
+    def unpack_state(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        for role, part in self.distinct().items():
+            mark = f"{role}."
+            own = {name.removeprefix(mark): tensors for name, tensors in files.items() if name.startswith(mark)}
+            part.unpack_state(own, values.get(role, {}))

@@ -1,0 +1,1 @@
+"""Floor 1: CLIP over transformers, LoRA over peft."""

@@ -1,0 +1,211 @@
+"""CLIP's two towers over ``transformers.CLIPModel``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perdure.core.errors import PerdureError
+from perdure.core.weights import Weights
+from perdure.data.task import Class
+from perdure.models import lora
+
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class CLIP(nn.Module):
+    """A CLIP model with its tokenizer and preprocessing.
+
+    Weights are fp32 (the master copy); the caller's autocast decides how the towers compute. The final projections and
+    everything after them stay in fp32: bf16 hides small differences between similarities.
+    """
+
+    def __init__(self, backbone: nn.Module, tokenizer: object, mean: Sequence[float], std: Sequence[float], path: str):
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.path = path
+        self.size: int = backbone.config.vision_config.image_size
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.holds = "pretrained"  # the name of the weights it holds now; class texts are cached under it
+        self.rebased = False  # whether the plain weights differ from the pre-trained ones
+        self._texts: dict[tuple[str, tuple[Class, ...]], Tensor] = {}
+
+    @classmethod
+    def load(cls, path: str, device: str = "cpu") -> CLIP:
+        """From a folder or Hub id that ``CLIPModel.from_pretrained`` loads. Raises ``PerdureError`` if it does not."""
+        from transformers import AutoTokenizer, CLIPModel
+
+        try:
+            with quiet():
+                backbone = CLIPModel.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise PerdureError(
+                f"No CLIP model could be loaded from '{path}': {reason} "
+                "Give a folder or a Hub id that transformers' CLIPModel.from_pretrained loads."
+            ) from error
+        mean, std = preprocessing(path)
+        return cls(backbone.eval(), tokenizer, mean, std, path).to(device)
+
+    # ---- encoding
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.logit_scale.device
+
+    @property
+    def scale(self) -> Tensor:
+        """The factor between cosine similarities and logits, exp(logit_scale)."""
+        return self.backbone.logit_scale.exp()
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8, or float in 0 … 1 → the vision tower's input, resized and normalised."""
+        x = images.to(self.device)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+        return (x - self.mean) / self.std
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids (N, L), cut after the longest end token: CLIP's text tower is causal, later tokens change nothing."""
+        context = self.backbone.config.text_config.max_position_embeddings
+        ids = self.tokenizer(  # type: ignore[operator]
+            list(prompts), padding=True, truncation=True, max_length=context, return_tensors="pt"
+        ).input_ids
+        end = (ids == self.tokenizer.eos_token_id).int().argmax(1)  # type: ignore[attr-defined]
+        return ids[:, : int(end.max()) + 1].to(self.device)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit image embeddings (B, D) in fp32, of images as ``pixels`` takes them."""
+        hidden = self.backbone.vision_model(pixel_values=self.pixels(images)).pooler_output
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.normalize(self.backbone.visual_projection(hidden.float()), dim=-1)
+
+    def encode_tokens(self, ids: Tensor) -> Tensor:
+        """Unit text embeddings (N, D) in fp32, of token ids (N, L)."""
+        hidden = self.backbone.text_model(input_ids=ids).pooler_output
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.normalize(self.backbone.text_projection(hidden.float()), dim=-1)
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Unit text embeddings (N, D) in fp32."""
+        return self.encode_tokens(self.tokens(prompts))
+
+    @torch.no_grad()
+    def class_texts(self, classes: Sequence[Class]) -> Tensor:
+        """(C, D): for each class the mean of its prompts' unit embeddings, made unit again. Kept while weights stay."""
+        key = (self.holds, tuple(classes))
+        if key not in self._texts:
+            prompts = [c.prompts() for c in classes]
+            flat = torch.cat([self.encode_text(part) for part in chunks([p for ps in prompts for p in ps], 512)])
+            means = torch.stack([e.mean(0) for e in flat.split([len(ps) for ps in prompts])])
+            self._texts[key] = F.normalize(means, dim=-1)
+        return self._texts[key]
+
+    # ---- weights
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of all weights under the names of a plain ``CLIPModel``, adapters merged in."""
+        return lora.merged(self.backbone)
+
+    @cached_property
+    def pretrained(self) -> dict[str, Tensor]:
+        """The weights it was born with, read again from where it was loaded."""
+        return CLIP.load(self.path).to(self.device).weights()
+
+    def become(self, name: str, weights: Weights) -> None:
+        """Take plain weights on, in place. A name that it holds already costs nothing."""
+        if name == self.holds:
+            return
+        own = lora.plain(self.backbone)
+        with torch.no_grad():
+            for key, value in weights.items():
+                own[key].copy_(value)
+        lora.silence(self.backbone)
+        self.rebased = name != "pretrained"
+        self.changed(name)
+
+    def restart(self) -> None:
+        """Back to the pre-trained weights, with new adapters where there are any."""
+        self.become("pretrained", self.pretrained)
+        lora.reset(self.backbone)
+
+    def trained(self, name: str) -> None:
+        """Training has changed its weights; adapters leave the plain ones as they were."""
+        self.rebased = self.rebased or not any(True for _ in lora.adapters(self.backbone))
+        self.changed(name)
+
+    def adapt(self, rank: int, alpha: float, targets: Sequence[str], towers: str) -> None:
+        """Freeze the weights and train low-rank adapters in their place. ``PerdureError`` if no layer is so named."""
+        try:
+            lora.attach(self.backbone, rank, alpha, targets, towers)
+        except ValueError as error:
+            raise PerdureError(
+                f"LoRA cannot be attached to {', '.join(targets)}: {str(error).splitlines()[0]}"
+            ) from error
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What must be kept to come back to the present weights from the pre-trained ones, bit for bit."""
+        state = self.backbone.state_dict()
+        return state if self.rebased else {name: t for name, t in state.items() if "lora_" in name}
+
+    def load_own_state(self, state: Weights, name: str) -> None:
+        """The inverse of ``own_state``."""
+        self.backbone.load_state_dict(dict(state), strict=False)
+        self.rebased = any("lora_" not in key for key in state)
+        self.changed(name)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint that plain transformers loads: adapters merged, tokenizer and preprocessing beside."""
+        from transformers import AutoImageProcessor, CLIPModel
+
+        plain = CLIPModel(self.backbone.config)
+        plain.load_state_dict(self.weights(), strict=False)
+        plain.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+        AutoImageProcessor.from_pretrained(self.path).save_pretrained(folder)
+
+    def changed(self, name: str) -> None:
+        """Its weights are others now: forget what was computed with the old ones."""
+        self.holds = name
+        self._texts.clear()
+
+
+def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def preprocessing(path: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the pixels, from the model's preprocessor file (CLIP's own where it has none)."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        found = None
+    about = json.loads(Path(found).read_text()) if found else {}
+    return about.get("image_mean", OPENAI_MEAN), about.get("image_std", OPENAI_STD)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers: perdure draws its own."""
+    from transformers.utils import logging
+
+    was = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()

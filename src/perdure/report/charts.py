@@ -1,0 +1,243 @@
+"""The charts of the page: the course of every task, of the means and of the probe, and the training losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from perdure.report import svg
+from perdure.report.entries import Entry, Interval, Value, at, mapping, number, pair, same_order, span
+from perdure.report.entries import courses as entry_courses
+
+SMALL, MEDIUM = (200, 132), (360, 200)  # width and height in SVG units
+MOST_POINTS = 150  # a task and loss term; more cannot be seen and would only make the page heavy
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart: the SVG and the title (with, for a task, its number) that stands above it."""
+
+    svg: str
+    title: str
+    number: str = ""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss: its name, the name of its colour, and its line as CSS and matplotlib both call it."""
+
+    name: str
+    colour: str
+    line: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """The course of one number over the stages of a run; `learned` is the stage marked on it."""
+
+    entry: Entry
+    values: Sequence[Value]
+    bands: Sequence[Interval] = ()
+    learned: int | None = None
+
+
+class Board:
+    """One chart being drawn: a matplotlib figure in SVG units, and the tips of its points."""
+
+    def __init__(self, name: str, size: tuple[int, int]) -> None:
+        """name: unique in the page. size: width and height in SVG units."""
+        width, height = size
+        self.name, self.tips = name, dict[str, str]()
+        self.figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+        self.axes = self.figure.add_axes((26 / width, 19 / height, 1 - 34 / width, 1 - 27 / height))
+        _plain(self.axes)
+
+    def line(self, line: Line) -> None:
+        """Draw a course with a point (and its tip) at every stage; of a reference, its level."""
+        look, paint = line.entry.style, svg.colour(line.entry.style.colour)
+        if line.entry.reference:
+            return self._level(line, paint)
+        self._band(line, paint)
+        heights = [math.nan if value is None else value for value in line.values]
+        self.axes.plot(range(len(heights)), heights, color=paint, linewidth=1.5, linestyle=look.dash)
+        for stage, value in enumerate(line.values):
+            if value is not None:
+                self._point(line, stage, value, paint)
+
+    def _level(self, line: Line, paint: str) -> None:
+        # A reference has no course: it learns nothing, or everything at once. Its level is what others are held to.
+        known = _known(line)
+        if known:
+            gid = f"level-{line.entry.index}"
+            self.tips[gid] = f"{line.entry.label} ({line.entry.reference}): {known[-1]:.1f} %"
+            ends = (0, len(line.entry.tasks))
+            self.axes.plot(ends, known[-1:] * 2, color=paint, linewidth=1.3, linestyle=line.entry.style.dash, gid=gid)
+
+    def _point(self, line: Line, stage: int, value: float, paint: str) -> None:
+        gid = f"point-{line.entry.index}-{stage}"
+        self.tips[gid] = f"{line.entry.label}, {line.entry.stage(stage)}: {value:.1f} %"
+        learned = stage == line.learned
+        shape, size, edge = (line.entry.style.marker, 7.0, svg.colour("ground")) if learned else ("o", 3.2, paint)
+        self.axes.plot([stage], [value], shape, color=paint, markersize=size, markeredgecolor=edge, gid=gid, zorder=3)
+
+    def _band(self, line: Line, paint: str) -> None:
+        known = [(stage, band) for stage, band in enumerate(line.bands) if band is not None]
+        if len(known) > 1:
+            stages, low, high = [s for s, _ in known], [b[0] for _, b in known], [b[1] for _, b in known]
+            self.axes.fill_between(stages, low, high, color=paint, alpha=0.13, linewidth=0)
+
+    def upright(self, places: Sequence[float]) -> None:
+        """Draw a quiet upright line at each of the places."""
+        for place in places:
+            self.axes.axvline(place, color=svg.colour("rule"), linewidth=0.7, zorder=0)
+
+    def chart(self, title: str, label: str, place: str = "") -> Chart:
+        """Finish: the chart as SVG, with `label` for those who cannot see it."""
+        return Chart(svg.inline(self.figure, self.name, label, self.tips), title, place)
+
+
+def _plain(axes: Axes) -> None:
+    axes.patch.set_visible(False)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(svg.colour("rule"))
+    axes.tick_params(length=0, pad=4, labelcolor=svg.colour("quiet"), labelsize=9)
+    axes.grid(axis="y", color=svg.colour("rule"), linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def _stages(axes: Axes, last: int, most: int) -> None:
+    step = max(1, math.ceil((last + 1) / most))
+    axes.set_xlim(-0.35, last + 0.35)
+    axes.set_xticks(list(range(0, last + 1, step)))
+
+
+def _heights(axes: Axes, lines: list[Line]) -> None:
+    values = [value for line in lines for value in _known(line)]
+    values += [edge for line in lines for band in line.bands if band is not None for edge in band]
+    low, high = span(values)
+    axes.set_ylim(low - 1, high + 1)
+    axes.locator_params(axis="y", nbins=6, steps=[1, 2, 5, 10])
+
+
+def tasks(entries: list[Entry]) -> list[Chart]:
+    """One small chart a task: its accuracy in per cent (0 to 100) over the stages, a line a run."""
+    names = list(dict.fromkeys(task for entry in entries for task in entry.tasks))
+    with svg.settings():
+        return [_task(entries, name, place) for place, name in enumerate(names)]
+
+
+def _task(entries: list[Entry], name: str, place: int) -> Chart:
+    board = Board(f"task-{place}", SMALL)
+    for entry in entries:
+        if name not in entry.tasks:
+            continue
+        column = entry.tasks.index(name)
+        rows = range(len(entry.accuracy))
+        bands = [entry.cell_interval(row, column) for row in rows] if len(entries) == 1 else []
+        learned = next((row for row in rows if entry.state(row, column) == "now"), None)
+        board.line(Line(entry, [row[column] for row in entry.accuracy], bands, learned))
+        board.upright([] if learned is None else [learned])
+    _stages(board.axes, max(len(entry.tasks) for entry in entries), 10)
+    board.axes.set_ylim(-3, 103)
+    board.axes.set_yticks([0, 50, 100])
+    label = f"Accuracy on {name} in per cent, before any task and after each. The matrices hold the same numbers."
+    return board.chart(name, label, str(place + 1) if same_order(entries) else "")
+
+
+def courses(entries: list[Entry]) -> list[Chart]:
+    """The means over tasks (or over the classes seen) and the zero-shot probe, each where a run has it."""
+    charts = []
+    with svg.settings():
+        for name, title, values in entry_courses(entries):
+            pairs = zip(entries, values, strict=True)
+            lines = [Line(entry, line, _bands(entry) if name == "probe" else []) for entry, line in pairs]
+            charts.append(_course(name, title, lines))
+    return charts
+
+
+def _bands(entry: Entry) -> list[Interval]:
+    if entry.reference:
+        return []
+    return [pair(at(entry.run.get("probe_interval"), row)) for row in range(len(entry.course("probe")))]
+
+
+def _known(line: Line) -> list[float]:
+    return [value for value in line.values if value is not None]
+
+
+def _course(name: str, title: str, lines: list[Line]) -> Chart:
+    board = Board(name, MEDIUM)
+    for line in lines:
+        board.line(line)
+    _stages(board.axes, max(len(line.entry.tasks) for line in lines), 16)
+    _heights(board.axes, lines)
+    ends = [(line.entry.label, _known(line)) for line in lines]
+    words = "; ".join(f"{label} from {values[0]:.1f} to {values[-1]:.1f}" for label, values in ends if values)
+    return board.chart(title, f"{title} in per cent over the tasks: {words}.")
+
+
+def losses(entries: list[Entry]) -> list[tuple[Chart, list[Term]]]:
+    """One chart a run that recorded losses, tasks side by side, with its terms for the key beneath."""
+    with svg.settings():
+        charts = [_losses(entry) for entry in entries]
+    return [chart for chart in charts if chart is not None]
+
+
+def _losses(entry: Entry) -> tuple[Chart, list[Term]] | None:
+    recorded = [(task, mapping(terms)) for task, terms in mapping(entry.run.get("losses")).items()]
+    names = dict.fromkeys(name for _, terms in recorded for name in terms if name != "step" and _points(terms, name))
+    if not names:
+        return None
+    terms = [Term(name, f"series-{i % 8}", ("solid", "dashed", "dotted")[i % 3]) for i, name in enumerate(names)]
+    board, ends = Board(f"loss-{entry.index}", MEDIUM), [0.0]
+    for _, found in recorded:
+        widths = [_curve(board.axes, _points(found, term.name), term, ends[-1]) for term in terms]
+        ends.append(ends[-1] + max(widths))
+    board.upright(ends)
+    places = {task: str(place + 1) for place, task in enumerate(entry.tasks) if entry.method != "joint"}
+    numbers = [places.get(task, "all" if entry.method == "joint" else task) for task, _ in recorded]
+    board.axes.set_xticks([(a + b) / 2 for a, b in pairwise(ends)], numbers)
+    board.axes.set_xlim(0, ends[-1])
+    board.axes.set_ylim(bottom=min(0.0, board.axes.get_ylim()[0]))
+    board.axes.locator_params(axis="y", nbins=5)
+    label = f"Training loss of {entry.label} over the steps of each task; terms: {', '.join(names)}."
+    return board.chart(entry.label, label), terms
+
+
+def _curve(axes: Axes, points: list[tuple[float, float]], term: Term, start: float) -> float:
+    # Returns how wide the task is on the axis of steps, at least one step.
+    if points:
+        heights = [height for _, height in points]
+        steps = [start + step for step, _ in points]
+        axes.plot(steps, heights, color=svg.colour(term.colour), linestyle=term.line, linewidth=1.3)
+    return max([1.0, *(step for step, _ in points)])
+
+
+def _points(terms: dict[str, object], name: str) -> list[tuple[float, float]]:
+    found, steps = terms.get(name), terms.get("step")
+    if not isinstance(found, list):
+        return []
+    pairs = [(at(steps, i) if isinstance(steps, list) else i, value) for i, value in enumerate(found)]
+    points = [(number(step), number(value)) for step, value in pairs]
+    known = [(step, value) for step, value in points if step is not None and value is not None]
+    return known[:: max(1, math.ceil(len(known) / MOST_POINTS))]
+
+
+def swatch(entry: Entry) -> str:
+    """The line and marker of a run for the legend, as SVG."""
+    with svg.settings():
+        figure = Figure(figsize=(34 / 72, 12 / 72), dpi=72)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.set(xlim=(0, 34), ylim=(0, 12))
+        paint, look = svg.colour(entry.style.colour), entry.style
+        axes.plot([1, 33], [6, 6], color=paint, linewidth=1.6, linestyle=look.dash)
+        if not entry.reference:
+            axes.plot([17], [6], look.marker, color=paint, markersize=7, markeredgecolor=svg.colour("ground"))
+        return svg.inline(figure, f"swatch-{entry.index}", f"Line of {entry.label}")

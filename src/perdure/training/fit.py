@@ -1,0 +1,129 @@
+"""The training loop: the only place that back-propagates and steps an optimiser.
+
+``fit`` owns gradients, autocast, clipping, the optimiser, the learning rate and the record of losses. It knows no method: a
+learner says what is trained, for how long, and what one step's losses are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from perdure.data.task import Batch, Images, Task
+from perdure.data.transforms import random_resized_crop
+
+Gradients = dict[str, Tensor | None]
+OnStep = Callable[[int, int, Mapping[str, Tensor]], None]
+
+
+class Backward(Protocol):
+    """Back-propagates the sum of named losses, accumulates, and returns THIS call's gradients by parameter name."""
+
+    def __call__(self, **losses: Tensor) -> Gradients: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: linear warm-up to ``lr``, then a cosine to 0 at ``steps`` (GIFT's and ZSCL's recipe)."""
+
+    steps: int
+    lr: float
+    warmup: int
+    batch_size: int
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = None
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0 … steps - 1."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+
+
+class Learner(Protocol):
+    """What ``fit`` asks of a method."""
+
+    def parameters(self) -> Mapping[str, nn.Parameter]: ...
+
+    def schedule(self, task: Task) -> Schedule: ...
+
+    def step(self, batch: Batch, backward: Backward) -> None: ...
+
+
+def bf16_helps() -> bool:
+    """Whether this processor multiplies bf16 natively."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.cuda.is_available() or bool(supported())
+
+
+def precision_of(wanted: str) -> str:
+    """``auto`` → ``bf16`` where the processor has it, else ``fp32``."""
+    return ("bf16" if bf16_helps() else "fp32") if wanted == "auto" else wanted
+
+
+def batches(images: Images, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index batches without end; every epoch a new order, a last short batch kept."""
+    while True:
+        yield from torch.randperm(len(images), generator=generator).split(size)
+
+
+def fit(
+    learner: Learner,
+    task: Task,
+    generator: torch.Generator,
+    image_size: int,
+    device: torch.device,
+    precision: str = "fp32",
+    on_step: OnStep | None = None,
+) -> dict[str, list[float]]:
+    """Train on one task; return every loss by name, one value a step.
+
+    ``image_size``: the side of the augmented crops, in pixels. ``precision``: ``bf16`` computes under autocast, with the
+    weights and the optimiser in fp32; ``fp32`` computes as stored. Same generator, same task, same bits.
+    """
+    plan, parameters = learner.schedule(task), dict(learner.parameters())
+    if plan.steps == 0 or not parameters:
+        return {}
+    trained = list(parameters.values())
+    optimizer = torch.optim.AdamW(trained, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
+    draws = batches(task.train, plan.batch_size, generator)
+    record: list[dict[str, Tensor]] = []
+    for step in range(plan.steps):
+        index = next(draws)
+        crops = random_resized_crop(task.train.pixels[index].float() / 255, image_size, generator)
+        batch = Batch(crops.to(device), task.train.labels[index].to(device))
+        backward = accumulator(parameters, losses := {})
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            learner.step(batch, backward)
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate(step)
+        if plan.clip is not None:
+            nn.utils.clip_grad_norm_(trained, plan.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        record.append(losses)
+        if on_step:
+            on_step(step + 1, plan.steps, losses)
+    names = record[0]
+    return {name: torch.stack([losses[name] for losses in record]).tolist() for name in names}
+
+
+def accumulator(parameters: Mapping[str, nn.Parameter], losses: dict[str, Tensor]) -> Backward:
+    """The ``backward`` of one step; writes each loss into ``losses``."""
+
+    def backward(**named: Tensor) -> Gradients:
+        total = torch.stack([loss.float() for loss in named.values()]).sum()
+        losses.update({name: loss.detach().float() for name, loss in named.items()})
+        found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        for parameter, gradient in zip(parameters.values(), found, strict=True):
+            if gradient is not None:  # a new tensor each time: what was returned before stays as it was
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return dict(zip(parameters, found, strict=True))
+
+    return backward

@@ -1,0 +1,43 @@
+"""What tests share: a short stream of the small world, and a model to spoil."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import perdure
+from perdure.benchmarks import mini
+from perdure.data.task import Stream
+from perdure.models.clip import CLIP
+
+SHORT = {"tasks": 3, "images": 32, "iterations": 3, "warmup": 1, "precision": "fp32"}
+
+
+@pytest.fixture
+def clip() -> CLIP:
+    return CLIP.load(str(mini.MODEL))
+
+
+@pytest.fixture
+def stream() -> Stream:
+    return mini.multi_domain("I").shortened(tasks=3, images=48)
+
+
+@pytest.fixture
+def short_run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """``short_run("finetune", lr=…)`` → metrics of three short tasks; the folder is ``metrics["folder"]``."""
+
+    def run(method: str, stream: str = "mini-mtil", **values: Any) -> dict[str, Any]:
+        folder = tmp_path / f"{method}-{len(list(tmp_path.iterdir()))}"
+        metrics = perdure.run(method, stream, folder, **{**SHORT, **values})
+        return {**metrics, "folder": folder}
+
+    return run
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,157 @@
+"""Each baseline does what its name says, on three short tasks of the small world."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHORT
+from safetensors.torch import load_file
+
+from perdure import launch
+from perdure.core.state import pack, unpack
+from perdure.core.weights import add, interpolate, subtract
+from perdure.data.task import Query, Stream
+from perdure.engine.checkpoint import read_task, task_folders
+from perdure.methods.base import Method, Recipe
+from perdure.methods.compose import Compose
+from perdure.methods.finetune import Individual
+from perdure.methods.merge import Config, Merge
+from perdure.models.clip import CLIP
+
+Run = Callable[..., dict[str, Any]]
+
+
+def weights(folder: Path, task: int) -> dict[str, torch.Tensor]:
+    return load_file(task_folders(folder)[task] / "weights.safetensors")
+
+
+def test_zero_shot_never_moves(short_run: Run) -> None:
+    m = short_run("zero_shot")
+    assert all(row == m["accuracy"][0] for row in m["accuracy"])
+    assert len(set(m["probe"])) == 1
+    assert m["forgetting"] == 0 and m["backward_transfer"] == 0 and m["losses"] == {}
+    assert not (m["folder"] / "task_01_animals" / "weights.safetensors").exists() or not weights(m["folder"], 1)
+
+
+def test_finetune_goes_on_from_the_last_weights(short_run: Run) -> None:
+    m = short_run("finetune", lr=5e-4, iterations=12)
+    assert len(m["accuracy"]) == 4 and all(len(row) == 3 for row in m["accuracy"])
+    assert m["accuracy"][2][1] > m["accuracy"][0][1] + 15  # digits are learned
+    assert m["accuracy"][3] != m["accuracy"][2]
+    assert set(m["losses"]) == {"animals", "digits", "food"}
+    assert m["losses"]["digits"]["task"][-1] < m["losses"]["digits"]["task"][0]
+
+
+def test_lora_changes_nothing_but_adapters(short_run: Run) -> None:
+    m = short_run("finetune_lora", lora_rank=2, lora_layers=["k_proj", "v_proj"], lr=5e-3)
+    saved = weights(m["folder"], 3)
+    assert saved and all("lora_" in name for name in saved)
+    assert m["accuracy"][3] != m["accuracy"][0]
+
+
+def test_wise_ft_between_its_ends(short_run: Run) -> None:
+    still = short_run("wise_ft", alpha=0.0)
+    zero = short_run("zero_shot")
+    assert still["accuracy"] == zero["accuracy"]
+    full = short_run("wise_ft", alpha=1.0)
+    tuned = short_run("finetune")
+    assert full["accuracy"] == tuned["accuracy"]
+    half = short_run("wise_ft", alpha=0.5, tasks=1)
+    ends = weights(tuned["folder"], 1), CLIP.load(launch.STREAMS["mini-mtil"].value().model).weights()
+    for name, value in weights(half["folder"], 1).items():
+        torch.testing.assert_close(value, (ends[0][name] + ends[1][name]) / 2, atol=1e-6, rtol=0)
+
+
+def test_weight_average_is_the_mean_of_the_experts(short_run: Run) -> None:
+    average, experts = short_run("weight_average"), short_run("individual")
+    folders = task_folders(experts["folder"])
+    files = read_task(folders[-1], tensors=True).files
+    tuned = [files[f"expert_{name}"] for name in ("animals", "digits", "food")]
+    for name, value in weights(average["folder"], 3).items():
+        torch.testing.assert_close(value, sum(t[name] for t in tuned) / 3, atol=1e-6, rtol=0)
+
+
+def test_individual_experts(short_run: Run) -> None:
+    m = short_run("individual", lr=5e-4, iterations=12)
+    a = m["accuracy"]
+    for j in range(3):
+        assert all(a[i][j] == a[0][j] for i in range(j + 1))  # not learned yet: as pre-trained
+        assert all(a[i][j] == a[j + 1][j] for i in range(j + 1, 4))  # learned: never changes again
+    assert len(set(m["probe"])) == 1
+    hidden = short_run("individual", task_id="hidden")
+    assert all(row == hidden["accuracy"][0] for row in hidden["accuracy"])
+
+
+def test_an_expert_is_written_once(short_run: Run) -> None:
+    m = short_run("individual")
+    found = sorted(p.relative_to(m["folder"]).as_posix() for p in m["folder"].rglob("expert_*"))
+    assert found == [f"task_0{i}_{n}/expert_{n}.safetensors" for i, n in ((1, "animals"), (2, "digits"), (3, "food"))]
+
+
+def test_joint_learns_all_before_row_one(short_run: Run) -> None:
+    m = short_run("joint")
+    assert m["transfer"] is None and m["forgetting"] is None and m["last"] is not None
+    assert m["accuracy"][1] == m["accuracy"][2] == m["accuracy"][3] != m["accuracy"][0]
+    assert m["losses"]["animals"]["step"][-1] == 3 * SHORT["iterations"]  # as many steps as three tasks take
+
+
+def test_joint_when_all_classes_compete(short_run: Run, stream: Stream) -> None:
+    assert stream.joined(grouped=False).group is None
+    grouped = stream.joined(grouped=True)
+    assert grouped.group is not None and grouped.group.tolist()[-1] == 2
+    assert int(grouped.train.labels.max()) == len(grouped.classes) - 1
+    assert short_run("joint", "mini-cil")["incremental_last"] is not None
+
+
+def test_compose_plays_each_role_and_keeps_its_state(clip: CLIP, stream: Stream) -> None:
+    method = Compose(learn=Method(Recipe(iterations=0)), fuse=Merge(Config(rule="average")), answer=Individual())
+    method.bind(clip)
+    for task in stream.tasks[:2]:
+        method.start(task)
+        clip.trained(task.name)
+        method.fuse(task)
+    files, values = method.pack_state()
+    assert values["fuse"]["count"] == 2 and values["answer"]["order"] == []
+    again = Compose(learn=Method(Recipe()), fuse=Merge(Config(rule="average")), answer=Individual())
+    again.bind(clip)
+    again.unpack_state(files, values)
+    assert again.fuser.state.count == 2
+    for name, value in method.fuser.state.mean.items():
+        assert torch.equal(value, again.fuser.state.mean[name])
+    query = Query(stream.tasks[0].test.pixels[:4], stream.tasks[0].classes, 0)
+    assert method.predict(query).shape == (4, len(stream.tasks[0].classes))
+
+
+def test_state_of_every_kind_survives_packing() -> None:
+    state = Individual.State(expert={"a": {"w": torch.ones(2)}, "b": {"w": torch.zeros(2)}}, order=["a", "b"])
+    again = unpack(Individual.State, *pack(state))
+    assert again.order == ["a", "b"] and torch.equal(again.expert["a"]["w"], torch.ones(2))
+    empty = unpack(Individual.State, *pack(Individual.State()))
+    assert empty.expert == {} and empty.order == []
+
+
+def test_algebra_on_weights() -> None:
+    a, b = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 6.0])}
+    assert torch.equal(add(a, subtract(b, a))["w"], b["w"])
+    assert torch.equal(interpolate(a, b, 0.5)["w"], torch.tensor([2.0, 4.0]))
+    with pytest.raises(launch.PerdureError, match="'v'"):
+        add(a, {"w": b["w"], "v": b["w"]})
+    with pytest.raises(launch.PerdureError, match="shapes"):
+        add(a, {"w": torch.ones(3)})
+
+
+def test_a_method_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's promise: a class in ``methods/`` with ``@register`` is a method of the command line."""
+    from perdure import methods
+
+    (tmp_path / "sleepy.py").write_text(
+        "from perdure.methods.base import Method, register\n\n\n@register('sleepy')\nclass Sleepy(Method):\n"
+        "    '''Learns at half the rate.'''\n\n    def step(self, batch, backward):\n"
+        "        backward(task=self.task_loss(batch) / 2)\n"
+    )
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    config, _ = launch.configure("sleepy", "mini-mtil", 0, ["lr=1e-3"], {})
+    assert config["options"]["lr"] == 1e-3
+    assert launch.build("sleepy", config["options"]).__doc__ == "Learns at half the rate."
