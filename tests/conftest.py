@@ -14,7 +14,7 @@ from perdure.benchmarks import mini
 from perdure.data.task import Stream
 from perdure.models.clip import CLIP
 
-SHORT = {"tasks": 3, "images": 32, "iterations": 3, "warmup": 1, "precision": "fp32"}
+SHORT: dict[str, Any] = {"tasks": 3, "images": 32, "iterations": 3, "warmup": 1, "precision": "fp32"}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
 from perdure.data.task import Batch, Stream
 from perdure.data.transforms import random_resized_crop
@@ -123,3 +124,8 @@ def test_grouped_loss_is_each_task_alone() -> None:
         nn.functional.cross_entropy(logits[3:, 2:], labels[3:] - 2, label_smoothing=0.2, reduction="sum"),
     ]
     torch.testing.assert_close(classification(logits, labels, 0.2, group), sum(own) / 6)
+
+
+def test_a_training_that_diverges_says_so(clip: CLIP, stream: Stream) -> None:
+    with pytest.raises(PerdureError, match="diverged.*smaller lr"):
+        trained(clip, stream, lr=1e6, warmup=0, iterations=8)

@@ -142,16 +142,14 @@ def test_algebra_on_weights() -> None:
         add(a, {"w": torch.ones(3)})
 
 
-def test_a_method_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's promise: a class in ``methods/`` with ``@register`` is a method of the command line."""
+def test_a_method_is_one_file(short_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's promise, with the README's code."""
     from perdure import methods
 
-    (tmp_path / "sleepy.py").write_text(
-        "from perdure.methods.base import Method, register\n\n\n@register('sleepy')\nclass Sleepy(Method):\n"
-        "    '''Learns at half the rate.'''\n\n    def step(self, batch, backward):\n"
-        "        backward(task=self.task_loss(batch) / 2)\n"
-    )
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (tmp_path / "half.py").write_text(readme.split("```python\n# src/perdure/methods/half.py\n")[1].split("```")[0])
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
-    config, _ = launch.configure("sleepy", "mini-mtil", 0, ["lr=1e-3"], {})
-    assert config["options"]["lr"] == 1e-3
-    assert launch.build("sleepy", config["options"]).__doc__ == "Learns at half the rate."
+    none, some, all_of_it = (short_run("half", share=share) for share in (0.0, 0.5, 1.0))
+    assert none["accuracy"] == short_run("zero_shot")["accuracy"]
+    assert all_of_it["accuracy"] == short_run("finetune")["accuracy"]
+    assert some["accuracy"] not in (none["accuracy"], all_of_it["accuracy"])

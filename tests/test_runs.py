@@ -60,7 +60,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("method", ["finetune", "finetune_lora", "wise_ft", "individual"])
 def test_killed_at_random_moments_ends_with_the_same_bits(method: str, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    begin = ("run", "--method", method, "--stream", "mini-mtil", *WORDS, "iterations=12")
+    begin: list[str | Path] = ["run", "--method", method, "--stream", "mini-mtil", *WORDS, "iterations=12"]
     assert command(*begin, "--out", whole)[0] == 0
     random.seed(method)
     kills = 0
@@ -105,7 +105,7 @@ def test_a_full_disk_costs_no_finished_task(tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, 6_000_000))
 
-    words = ("run", "--method", "finetune", "--stream", "mini-mtil", *WORDS, "--out", folder)
+    words: list[str | Path] = ["run", "--method", "finetune", "--stream", "mini-mtil", *WORDS, "--out", folder]
     code, out, err = command(*words, preexec_fn=limit)
     assert code == 2 and "Error:" in err and "Traceback" not in err and "resume" in err
     assert [p.name for p in sorted(folder.glob("task_*"))] == ["task_00_before"]

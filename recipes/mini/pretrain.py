@@ -14,6 +14,7 @@ Every stage is a checkpointed loop: run again after an interruption, it goes on 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -330,6 +331,9 @@ def export(student: CLIPModel, tok: Tokenizer, scores: dict[str, float], folder:
         do_center_crop=False, do_resize=True, size=side, resample=3, image_mean=half, image_std=half
     ).save_pretrained(folder)
     (folder / "zero_shot.json").write_text(json.dumps({k: round(v, 2) for k, v in scores.items()}, indent=1) + "\n")
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors") and p.stem != "checksums")
+    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    (folder / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
 
 
 def main(work: Path, assets: Path) -> None:

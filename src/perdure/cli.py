@@ -28,7 +28,8 @@ Out = Annotated[Path | None, typer.Option(help="Folder of the run.")]
 def console() -> Console:
     from rich.console import Console
 
-    return Console()
+    screen = Console()
+    return screen if screen.is_terminal else Console(width=140)
 
 
 @app.command(context_settings={"ignore_unknown_options": False})
@@ -53,43 +54,17 @@ def run(
     if missing:
         raise PerdureError(f"{' and '.join(missing)} missing. See: perdure methods, perdure streams.")
     folder = out or Path("runs") / f"{method}-{stream}-{seed if seeds == 1 else f'{seeds}-seeds'}"
-    if seeds == 1:
-        watched(
-            folder,
-            f"{method} on {stream}",
-            lambda w: launch.run(
-                method,
-                stream,
-                folder,
-                seed=seed,
-                overwrite=overwrite,
-                watcher=w,
-                preset=preset,
-                assignments=assignments or [],
-            ),
-        )
-        finish([folder])
-        return
-    if (folder / "config.json").exists():
+    if seeds > 1 and (folder / "config.json").exists():
         raise PerdureError(f"{folder} holds a run of one seed. Choose another folder with --out.")
-    for number in range(seed, seed + seeds):
-        one = folder / f"seed_{number}"
-        watched(
-            one,
-            f"{method} on {stream}, seed {number}",
-            lambda w, one=one, number=number: launch.run(  # type: ignore[misc]
-                method,
-                stream,
-                one,
-                seed=number,
-                overwrite=overwrite,
-                watcher=w,
-                preset=preset,
-                assignments=assignments or [],
-            ),
+    numbers = range(seed, seed + seeds)
+    folders = [folder] if seeds == 1 else [folder / f"seed_{n}" for n in numbers]
+    for one, number in zip(
+        folders, numbers, strict=True
+    ):  # claimed first: what cannot run is said before anything does
+        launch.begin(
+            method, stream, one, seed=number, overwrite=overwrite, preset=preset, assignments=assignments or []
         )
-    gather_seeds(folder)
-    finish([folder])
+    resume(folder)
 
 
 def gather_seeds(folder: Path) -> None:
@@ -104,12 +79,11 @@ def gather_seeds(folder: Path) -> None:
 @app.command()
 def resume(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> None:
     """Go on with a run that was stopped, after its last good task."""
-    from perdure import launch
 
-    seeds = sorted(run.glob("seed_*/config.json"))
-    for config in seeds or [run / "config.json"]:
-        watched(config.parent, str(config.parent), lambda w, at=config.parent: launch.resume(at, w))  # type: ignore[misc]
-    if seeds:
+    several = sorted(run.glob("seed_*/config.json"))
+    for config in several or [run / "config.json"]:
+        watched(config.parent)
+    if several:
         gather_seeds(run)
     finish([run])
 
@@ -194,30 +168,38 @@ def demo(out: Out = None) -> None:
     from perdure import launch
 
     folder = out or launch.demo_folder(Path("runs"))
-    done = []
-    for method in launch.DEMO:
-        one = folder / method
-        done.append(one)
-        if launch.is_finished(one):
-            continue
-        if (one / "config.json").exists():
-            watched(one, method, lambda w, one=one: launch.resume(one, w))  # type: ignore[misc]
-        else:
-            watched(one, method, lambda w, one=one, m=method: launch.run(m, "mini-mtil", one, watcher=w))  # type: ignore[misc]
-    finish(done, folder / "report.html")
+    runs = [folder / method for method in launch.DEMO]
+    for one in runs:
+        if not (one / "config.json").exists():
+            launch.begin(one.name, "mini-mtil", one)
+    for one in runs:
+        watched(one)
+    finish(runs, folder / "report.html")
 
 
-def watched(folder: Path, title: str, work: Any) -> None:
-    """Do ``work(watcher)`` under a live view; Ctrl-C stops tidily."""
+def watched(folder: Path) -> None:
+    """Do the run in ``folder``, or go on with it, under a live view; Ctrl-C stops tidily."""
+    from perdure import launch
     from perdure.view import Screen
 
-    screen = Screen(console(), title)
+    config = launch.read_config(folder)
+    screen = Screen(console(), f"{config['method']} on {config['stream']}, seed {config['seed']}")
     try:
         with screen:
-            work(screen)
+            launch.resume(folder, screen)
     except KeyboardInterrupt:
-        screen.console.print(f"\nStopped. Every task that was finished is kept. Go on with: perdure resume {folder}")
+        screen.console.print(f"\nStopped. Every task that was finished is kept. Go on with: {again(folder)}")
         raise typer.Exit(130) from None
+
+
+def again(folder: Path) -> str:
+    """The command that goes on with a run: with all of them, where it is one of several."""
+    if folder.name.startswith("seed_"):
+        return f"perdure resume {folder.parent}"
+    from perdure.launch import DEMO
+
+    siblings = all((folder.parent / name / "config.json").exists() for name in DEMO)
+    return f"perdure demo --out {folder.parent}" if siblings else f"perdure resume {folder}"
 
 
 def read_metrics(run: Path) -> dict[str, Any]:

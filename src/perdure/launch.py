@@ -16,14 +16,17 @@ from perdure.benchmarks import STREAMS
 from perdure.core.config import Option, options, pairs, resolve
 from perdure.core.errors import DamagedFile, PerdureError, unknown
 from perdure.core.registry import Entry
+from perdure.core.seeding import reseed
 from perdure.core.state import read_json, write_json
 from perdure.data.task import Stream
+from perdure.engine.checkpoint import read_task, task_folders
 from perdure.engine.evaluate import Protocol
 from perdure.engine.run import FORMAT, Settings, Watcher, environment
 from perdure.engine.run import run as engine_run
 from perdure.methods import load_all
 from perdure.methods.base import METHODS, Method, Row
 from perdure.methods.compose import Compose
+from perdure.models.clip import CLIP
 from perdure.ops.metrics import interval
 
 PRESETS = files("perdure") / "presets"
@@ -173,21 +176,32 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
+def begin(
+    method: str, stream: str, folder: Path, *, seed: int = 0, overwrite: bool = False, preset: str | None = None,
+    assignments: Iterable[str] | Mapping[str, Any] = (),
+) -> Path:  # fmt: skip
+    """Check everything and claim ``folder`` for a run that ``resume`` then does. Returns the folder."""
+    layer = read_preset(preset) if preset else {}
+    layer = {k: v for k, v in layer.items() if k not in ("method", "stream", "about")}
+    config, _ = configure(method, stream, seed, assignments, layer)
+    if config["settings"]["model"] != "stream":
+        CLIP.load(config["settings"]["model"])  # one that does not load is refused before the folder is claimed
+    make_folder(folder, config, overwrite)
+    return folder
+
+
 def run(
     method: str, stream: str, out: str | Path | None = None, *, seed: int = 0, overwrite: bool = False,
-    watcher: Watcher | None = None, preset: str | None = None, assignments: Iterable[str] | None = None, **values: Any,
+    preset: str | None = None, watcher: Watcher | None = None, **values: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Run ``method`` on ``stream`` and return the metrics (the content of ``out/metrics.json``).
 
     ``values`` are options of the method or the run, as ``key=value`` is on the command line. ``out`` defaults to
     ``runs/METHOD-STREAM-SEED``. Raises ``PerdureError`` for anything the caller can put right.
     """
-    layer = read_preset(preset) if preset else {}
-    layer = {k: v for k, v in layer.items() if k not in ("method", "stream", "about")}
-    config, data = configure(method, stream, seed, assignments if assignments is not None else values, layer)
     folder = Path(out) if out else Path("runs") / f"{method}-{stream}-{seed}"
-    make_folder(folder, config, overwrite)
-    return engine_run(build(method, config["options"]), data, config, folder, watcher or Watcher())
+    begin(method, stream, folder, seed=seed, overwrite=overwrite, preset=preset, assignments=values)
+    return resume(folder, watcher)
 
 
 def resume(folder: str | Path, watcher: Watcher | None = None) -> dict[str, Any]:
@@ -253,10 +267,6 @@ def export(folder: Path, out: Path, task: int | None = None) -> str:
 
     Returns the name of that task. ``PerdureError`` where the method answers with several models.
     """
-    from perdure.core.seeding import reseed
-    from perdure.engine.checkpoint import read_task, task_folders
-    from perdure.models.clip import CLIP
-
     config = read_config(folder)
     folders = task_folders(folder)
     if not folders or (task is not None and task >= len(folders)):

@@ -24,7 +24,13 @@ def shade(value: float) -> str:
 
 def matrix(tasks: Sequence[str], rows: Sequence[Sequence[float]], probe: Sequence[float], title: str) -> Table:
     """The accuracy matrix so far; the diagonal, the task just learned, in brackets."""
-    table = Table(title=title, title_justify="left", caption="[x] just learned; left of it: learned before", box=None)
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        caption="\\[x]: just learned; left of it: learned before",
+        box=None,
+    )
     table.add_column("after", style="bold")
     for name in tasks:
         table.add_column(name, justify="right")
@@ -73,7 +79,8 @@ class Screen(Watcher):
     def begins(self, tasks: list[str], rows: list[list[float]], probe: list[float]) -> None:
         self.tasks, self.rows, self.probe = tasks, rows, probe
         if rows:
-            self.console.print(f"{self.title}: {len(rows) - 1} of {len(tasks)} tasks were learned before; going on.")
+            onward = "going on" if len(rows) <= len(tasks) else "nothing is left to do"
+            self.console.print(f"{self.title}: {len(rows) - 1} of {len(tasks)} tasks were learned before; {onward}.")
 
     def learns(self, task: str, number: int) -> None:
         what = f"task {number}/{len(self.tasks)}: {task}" if number else "before any task"

@@ -7,6 +7,7 @@ A hyper-parameter is written once, as a field ``name: Annotated[type, Field(ge=â
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, get_type_hints
 
@@ -40,10 +41,20 @@ class Option:
         complaint = ""
         for reading in readings(value) if isinstance(value, str) else [value]:
             try:
-                return adapter.validate_python(reading)
+                return finite(adapter.validate_python(reading))
             except ValidationError as error:
                 complaint = complaint or "; ".join(e["msg"].lower() for e in error.errors())
+            except ValueError as error:
+                complaint = complaint or str(error)
         raise ValueError(complaint)
+
+
+def finite(value: Any) -> Any:
+    """``value``; ``ValueError`` where a number in it is infinite or not a number."""
+    for number in value.values() if isinstance(value, dict) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError("input should be a finite number")
+    return value
 
 
 def readings(text: str) -> list[Any]:

@@ -63,7 +63,7 @@ class Settings:
             labels=stream.labels if self.labels == "stream" else self.labels,  # type: ignore[arg-type]
             task_id=stream.task_id if self.task_id == "stream" else self.task_id,  # type: ignore[arg-type]
             precision=precision_of(self.precision),  # type: ignore[arg-type]
-            device=device,  # type: ignore[arg-type]
+            device=device,
             threads=self.threads or torch.get_num_threads(),
         )
 

@@ -7,9 +7,11 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
@@ -27,12 +29,17 @@ class CLIP(nn.Module):
     everything after them stay in fp32: bf16 hides small differences between similarities.
     """
 
-    def __init__(self, backbone: nn.Module, tokenizer: object, mean: Sequence[float], std: Sequence[float], path: str):
+    backbone: Any  # a CLIPModel, perhaps with adapters inside
+    tokenizer: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, tokenizer: Any, mean: Sequence[float], std: Sequence[float], path: str):
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.path = path
-        self.size: int = backbone.config.vision_config.image_size
+        self.size: int = self.backbone.config.vision_config.image_size
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.holds = "pretrained"  # the name of the weights it holds now; class texts are cached under it
@@ -48,7 +55,7 @@ class CLIP(nn.Module):
             with quiet():
                 backbone = CLIPModel.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
             raise PerdureError(
                 f"No CLIP model could be loaded from '{path}': {reason} "
@@ -61,7 +68,7 @@ class CLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.backbone.logit_scale.device
+        return self.mean.device
 
     @property
     def scale(self) -> Tensor:
@@ -79,10 +86,10 @@ class CLIP(nn.Module):
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (N, L), cut after the longest end token: CLIP's text tower is causal, later tokens change nothing."""
         context = self.backbone.config.text_config.max_position_embeddings
-        ids = self.tokenizer(  # type: ignore[operator]
+        ids = self.tokenizer(
             list(prompts), padding=True, truncation=True, max_length=context, return_tensors="pt"
         ).input_ids
-        end = (ids == self.tokenizer.eos_token_id).int().argmax(1)  # type: ignore[attr-defined]
+        end = (ids == self.tokenizer.eos_token_id).int().argmax(1)
         return ids[:, : int(end.max()) + 1].to(self.device)
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -172,7 +179,7 @@ class CLIP(nn.Module):
         plain = CLIPModel(self.backbone.config)
         plain.load_state_dict(self.weights(), strict=False)
         plain.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+        self.tokenizer.save_pretrained(folder)
         AutoImageProcessor.from_pretrained(self.path).save_pretrained(folder)
 
     def changed(self, name: str) -> None:

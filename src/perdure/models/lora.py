@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,13 @@ def attach(backbone: nn.Module, rank: int, alpha: float, targets: Sequence[str],
     from peft import LoraConfig, inject_adapter_in_model
 
     pattern = rf"{TOWERS[towers]}\..*\.({'|'.join(targets)})"
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=True)  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=True)
     inject_adapter_in_model(config, backbone)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
 
-def adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def adapters(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers that carry an adapter, by name."""
     return ((name, layer) for name, layer in module.named_modules() if hasattr(layer, "lora_A"))
 
@@ -32,14 +33,14 @@ def adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def reset(module: nn.Module) -> None:
     """Start all adapters anew: A random, B zero."""
     for _, layer in adapters(module):
-        layer.reset_lora_parameters("default", True)  # type: ignore[operator]
+        layer.reset_lora_parameters("default", True)
 
 
 @torch.no_grad()
 def silence(module: nn.Module) -> None:
     """Let all adapters add nothing: B zero."""
     for _, layer in adapters(module):
-        layer.lora_B["default"].weight.zero_()  # type: ignore[index,operator,union-attr]
+        layer.lora_B["default"].weight.zero_()
 
 
 def plain(module: nn.Module) -> dict[str, Tensor]:
@@ -53,5 +54,5 @@ def merged(module: nn.Module) -> dict[str, Tensor]:
     """A copy of the weights with every adapter multiplied out and added."""
     out = {name: tensor.detach().clone() for name, tensor in plain(module).items()}
     for name, layer in adapters(module):
-        out[f"{name}.weight"] += layer.get_delta_weight("default")  # type: ignore[operator]
+        out[f"{name}.weight"] += layer.get_delta_weight("default")
     return out

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from perdure.core.errors import PerdureError
 from perdure.data.task import Batch, Images, Task
 from perdure.data.transforms import random_resized_crop
 
@@ -98,7 +99,8 @@ def fit(
         index = next(draws)
         crops = random_resized_crop(task.train.pixels[index].float() / 255, image_size, generator)
         batch = Batch(crops.to(device), task.train.labels[index].to(device))
-        backward = accumulator(parameters, losses := {})
+        losses: dict[str, Tensor] = {}
+        backward = accumulator(parameters, losses)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             learner.step(batch, backward)
         for group in optimizer.param_groups:
@@ -110,8 +112,20 @@ def fit(
         record.append(losses)
         if on_step:
             on_step(step + 1, plan.steps, losses)
-    names = record[0]
-    return {name: torch.stack([losses[name] for losses in record]).tolist() for name in names}
+    course = {name: torch.stack([losses[name] for losses in record]).tolist() for name in record[0]}
+    check_finite(course, task.name)
+    return course
+
+
+def check_finite(course: Mapping[str, list[float]], task: str) -> None:
+    """Refuse a training that has diverged: its weights are worth nothing."""
+    for name, values in course.items():
+        bad = [step for step, value in enumerate(values, 1) if not math.isfinite(value)]
+        if bad:
+            raise PerdureError(
+                f"Training on {task} diverged: the loss '{name}' is not a number from step {bad[0]} on. "
+                "Tasks that were finished are kept. Start a new run with a smaller lr, a longer warmup or clip_grad=1."
+            )
 
 
 def accumulator(parameters: Mapping[str, nn.Parameter], losses: dict[str, Tensor]) -> Backward:

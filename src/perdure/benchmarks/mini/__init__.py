@@ -93,8 +93,16 @@ def subset(images: Images, numbers: list[int]) -> Images:
     return Images(images.pixels[labels >= 0], labels[labels >= 0])
 
 
+@cache
+def check_model() -> None:
+    """Refuse a CLIP whose files are not those that the recipe wrote."""
+    for name, sha256 in manifest("clip/checksums").items():
+        read_bytes(MODEL / name, sha256)
+
+
 def stream(name: str, tasks: tuple[Task, ...], source: str, labels: str, task_id: str) -> Stream:
     """A stream over ``tasks``, identified by the manifests' content."""
+    check_model()
     files = [ASSETS / f"{source}.json", ASSETS / "probe.json"]
     identity = hashlib.sha256(name.encode() + b"".join(f.read_bytes() for f in files)).hexdigest()
     defaults = yaml.safe_load((Path(__file__).parent / "preset.yaml").read_text(encoding="utf-8"))
