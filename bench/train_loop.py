@@ -64,7 +64,7 @@ def bare(clip: CLIP, task: Task, steps: int, precision: str) -> None:
 
 def images_per_second(steps: int, repeats: int) -> None:
     task = mini.multi_domain("I").tasks[2]
-    precision = precision_of("auto")
+    precision = precision_of("auto", "cpu")
     batches = -(-len(task.train) // BATCH)
     images = steps / batches * len(task.train)  # the last batch of an epoch is short
     rates: dict[str, list[float]] = {"perdure": [], "bare": []}

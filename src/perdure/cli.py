@@ -54,37 +54,31 @@ def run(
     if missing:
         raise PerdureError(f"{' and '.join(missing)} missing. See: perdure methods, perdure streams.")
     folder = out or Path("runs") / f"{method}-{stream}-{seed if seeds == 1 else f'{seeds}-seeds'}"
-    if seeds > 1 and (folder / "config.json").exists():
-        raise PerdureError(f"{folder} holds a run of one seed. Choose another folder with --out.")
-    numbers = range(seed, seed + seeds)
-    folders = [folder] if seeds == 1 else [folder / f"seed_{n}" for n in numbers]
-    for one, number in zip(
-        folders, numbers, strict=True
-    ):  # claimed first: what cannot run is said before anything does
-        launch.begin(
-            method, stream, one, seed=number, overwrite=overwrite, preset=preset, assignments=assignments or []
-        )
+    launch.begin(
+        method,
+        stream,
+        folder,
+        seed=seed,
+        seeds=seeds,
+        overwrite=overwrite,
+        preset=preset,
+        assignments=assignments or [],
+    )
     resume(folder)
-
-
-def gather_seeds(folder: Path) -> None:
-    """Write the means over the finished seeds of ``folder`` to its own metrics.json."""
-    from perdure.core.state import write_json
-    from perdure.launch import over_seeds
-
-    found = sorted(folder.glob("seed_*"), key=lambda p: int(p.name.removeprefix("seed_")))
-    write_json(folder / "metrics.json", over_seeds([read_metrics(p) for p in found]))
 
 
 @app.command()
 def resume(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> None:
     """Go on with a run that was stopped, after its last good task."""
 
-    several = sorted(run.glob("seed_*/config.json"))
-    for config in several or [run / "config.json"]:
-        watched(config.parent)
+    from perdure import launch
+    from perdure.core.state import write_json
+
+    several = launch.seed_folders(run)
+    for one in several or [run]:
+        watched(one)
     if several:
-        gather_seeds(run)
+        write_json(run / "metrics.json", launch.over_seeds([read_metrics(one) for one in several]))
     finish([run])
 
 
@@ -159,7 +153,8 @@ def export(
     from perdure import launch
 
     weights_after = launch.export(run, out, task)
-    console().print(f"The model after {weights_after} lies in {out}. Load it with CLIPModel.from_pretrained.")
+    said = f"The model after {weights_after} lies in {out}. Load it with CLIPModel.from_pretrained."
+    console().print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -172,6 +167,8 @@ def demo(out: Out = None) -> None:
     for one in runs:
         if not (one / "config.json").exists():
             launch.begin(one.name, "mini-mtil", one)
+        elif launch.same_run(launch.read_config(one), launch.configure(one.name, "mini-mtil", 0, [], {})[0]):
+            raise PerdureError(f"{one} holds a run that is not the demo's. Choose another folder with --out.")
     for one in runs:
         watched(one)
     finish(runs, folder / "report.html")
@@ -188,7 +185,8 @@ def watched(folder: Path) -> None:
         with screen:
             launch.resume(folder, screen)
     except KeyboardInterrupt:
-        screen.console.print(f"\nStopped. Every task that was finished is kept. Go on with: {again(folder)}")
+        said = f"\nStopped. Every task that was finished is kept. Go on with: {again(folder)}"
+        screen.console.print(said, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
 
 
@@ -210,7 +208,8 @@ def read_metrics(run: Path) -> dict[str, Any]:
     if not path.exists():
         raise PerdureError(f"{run} holds no results yet (there is no {path}).")
     found = read_json(path)
-    if not isinstance(found, dict) or not {"accuracy", "tasks", "method"} <= set(found):
+    needed = {"method", "stream", "seed", "tasks", "accuracy", "seconds", "peak_memory_mb"}
+    if not isinstance(found, dict) or not needed <= set(found) or not found["accuracy"]:
         raise PerdureError(f"{path} is not a metrics file of perdure.")
     return found
 
@@ -224,10 +223,12 @@ def finish(runs: list[Path], page: Path | None = None) -> None:
     screen = console()
     screen.print(summary(found))
     page = page or runs[0] / "report.html"
+    if page.suffix != ".html" or page.is_dir():
+        raise PerdureError(f"The report is an HTML file: {page} should be a name that ends in .html.")
     page.parent.mkdir(parents=True, exist_ok=True)
     html.write(found, page)
     picture = figure.draw(found, page.with_suffix(".png"))
-    screen.print(f"Report:  {page}\nPicture: {picture}", highlight=False, soft_wrap=True)
+    screen.print(f"Report:  {page}\nPicture: {picture}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -238,10 +239,11 @@ def plainly() -> Iterator[None]:
     except PerdureError as error:
         message = str(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        message = f"{error.strerror}{where}. Tasks that were finished are kept; make room or choose another --out, then resume."
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        where = f": {error.filename}" if error.filename else ""
+        message = f"{error.strerror or error}{where}."
+        if full:
+            message += " Every task that was finished is kept. Make room, then go on with: perdure resume RUN"
     else:
         return
     print(f"Error: {message}", file=sys.stderr)

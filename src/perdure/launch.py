@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -17,10 +18,9 @@ from perdure.core.config import Option, options, pairs, resolve
 from perdure.core.errors import DamagedFile, PerdureError, unknown
 from perdure.core.registry import Entry
 from perdure.core.seeding import reseed
-from perdure.core.state import read_json, write_json
+from perdure.core.state import only_one, read_json, write_json
 from perdure.data.task import Stream
-from perdure.engine.checkpoint import read_task, task_folders
-from perdure.engine.evaluate import Protocol
+from perdure.engine.checkpoint import folder_names, read_task
 from perdure.engine.run import FORMAT, Settings, Watcher, environment
 from perdure.engine.run import run as engine_run
 from perdure.methods import load_all
@@ -114,16 +114,26 @@ def configure(
         "options": {key: values[key] for key in known},
         "settings": dataclasses.asdict(settings),
         "split": data.digest,
+        "weights": checked_model(method, values, known, settings, data),
         "environment": environment(settings),
     }
     return config, data
 
 
+def checked_model(
+    method: str, values: Mapping[str, Any], known: Mapping[str, Option], settings: Settings, stream: Stream
+) -> str:
+    """The fingerprint of the CLIP that a run will use, once it loads and the method can take it."""
+    clip = CLIP.load(stream.model if settings.model == "stream" else settings.model, settings.device)
+    fingerprint = clip.fingerprint()
+    build(method, {key: values[key] for key in known}).bind(clip)
+    return fingerprint
+
+
 def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """The keys in which two configurations differ (the environment may)."""
-    flat_a, flat_b = (
-        {**c["options"], **c["settings"], **{k: c[k] for k in ("method", "stream", "seed", "split")}} for c in (a, b)
-    )
+    others = ("method", "stream", "seed", "split", "weights")
+    flat_a, flat_b = ({**c["options"], **c["settings"], **{k: c[k] for k in others}} for c in (a, b))
     return sorted(k for k in set(flat_a) | set(flat_b) if jsonable(flat_a.get(k)) != jsonable(flat_b.get(k)))
 
 
@@ -142,17 +152,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_folder(folder: Path, config: Mapping[str, Any], overwrite: bool) -> None:
+    """Refuse a folder that holds anything: a run unless ``overwrite`` is asked for, other things always."""
+    try:
+        content = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise PerdureError(f"{folder} is a file. Choose another folder with --out.") from None
+    if content and not (folder / "config.json").exists():
+        raise PerdureError(f"{folder} exists and is not a run. Choose another folder with --out.")
+    if content and not overwrite:
+        raise PerdureError(refusal(folder, config))
+
+
 def make_folder(folder: Path, config: Mapping[str, Any], overwrite: bool) -> None:
-    """Claim a folder for a new run. Nothing that exists is touched unless ``overwrite`` is asked for and it is a run."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not folder.is_dir() or not (folder / "config.json").exists():
-            raise PerdureError(f"{folder} exists and is not a run. Choose another folder with --out.")
-        if not overwrite:
-            raise PerdureError(refusal(folder, config))
-        read_config(folder)
-        shutil.rmtree(folder)
+    """Claim a folder for a new run. What perdure did not write there stays, ``overwrite`` or not."""
+    check_folder(folder, config, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
+    with only_one(folder):
+        check_folder(folder, config, overwrite)  # another process may have come first
+        (folder / "metrics.json").unlink(missing_ok=True)
+        for old in sorted(folder.glob("*task_*"), reverse=True):
+            if re.fullmatch(r"(damaged_|\.)?task_\d+_.*", old.name) and old.is_dir():
+                shutil.rmtree(old)
+        write_json(folder / "config.json", config)
 
 
 def refusal(folder: Path, config: Mapping[str, Any]) -> str:
@@ -177,17 +201,37 @@ def is_finished(folder: Path) -> bool:
 
 
 def begin(
-    method: str, stream: str, folder: Path, *, seed: int = 0, overwrite: bool = False, preset: str | None = None,
-    assignments: Iterable[str] | Mapping[str, Any] = (),
-) -> Path:  # fmt: skip
-    """Check everything and claim ``folder`` for a run that ``resume`` then does. Returns the folder."""
+    method: str, stream: str, folder: Path, *, seed: int = 0, seeds: int = 1, overwrite: bool = False,
+    preset: str | None = None, assignments: Iterable[str] | Mapping[str, Any] = (),
+) -> None:  # fmt: skip
+    """Check everything and claim ``folder`` for a run that ``resume`` then does; with several seeds, ``folder/seed_N``."""
     layer = read_preset(preset) if preset else {}
     layer = {k: v for k, v in layer.items() if k not in ("method", "stream", "about")}
     config, _ = configure(method, stream, seed, assignments, layer)
-    if config["settings"]["model"] != "stream":
-        CLIP.load(config["settings"]["model"])  # one that does not load is refused before the folder is claimed
-    make_folder(folder, config, overwrite)
-    return folder
+    if seeds == 1:
+        if (folder / "seeds.json").exists():
+            raise PerdureError(f"{folder} holds a run of several seeds. Choose another folder with --out.")
+        make_folder(folder, config, overwrite)
+        return
+    if (folder / "config.json").exists():
+        raise PerdureError(f"{folder} holds a run of one seed. Choose another folder with --out.")
+    configs = {folder / f"seed_{n}": {**config, "seed": n} for n in range(seed, seed + seeds)}
+    others = [p for p in seed_folders(folder) if p not in configs]
+    if others:
+        raise PerdureError(
+            f"{folder} holds other seeds ({', '.join(p.name for p in others)}). Choose another folder with --out."
+        )
+    for one, its_config in configs.items():  # all are checked before any is touched
+        check_folder(one, its_config, overwrite)
+    for one, its_config in configs.items():
+        make_folder(one, its_config, overwrite)
+    write_json(folder / "seeds.json", [its_config["seed"] for its_config in configs.values()])
+
+
+def seed_folders(folder: Path) -> list[Path]:
+    """The folders of a run of several seeds, or nothing."""
+    path = folder / "seeds.json"
+    return [folder / f"seed_{number}" for number in read_json(path)] if path.exists() else []
 
 
 def run(
@@ -204,24 +248,30 @@ def run(
     return resume(folder, watcher)
 
 
-def resume(folder: str | Path, watcher: Watcher | None = None) -> dict[str, Any]:
-    """Go on with the run in ``folder`` after its last good task; return the metrics."""
-    folder, watcher = Path(folder), watcher or Watcher()
+def reopen(folder: Path) -> tuple[dict[str, Any], Stream, Method]:
+    """The configuration, stream and unbound method of the run in ``folder``, checked against what is installed."""
     config = read_config(folder)
     known = {key: option for key, (_, option) in method_options(method_entry(config["method"])).items()}
     config["options"] = resolve(known, config["options"])
-    settings = Settings(**config["settings"])
+    settings = Settings(**resolve(options(Settings), config["settings"]))
     data = STREAMS[config["stream"]].value().shortened(settings.tasks, settings.images)
     if data.digest != config["split"]:
         raise PerdureError(
             f"{folder} was run on another version of the stream {data.name} (its split differs). "
             "Its results stay as they are; start a new run."
         )
-    now = environment(settings)
+    return config, data, build(config["method"], config["options"])
+
+
+def resume(folder: str | Path, watcher: Watcher | None = None) -> dict[str, Any]:
+    """Go on with the run in ``folder`` after its last good task; return the metrics."""
+    folder, watcher = Path(folder), watcher or Watcher()
+    config, data, method = reopen(folder)
+    now = environment(Settings(**config["settings"]))
     changed = [k for k in now if now[k] != config["environment"].get(k) and k != "cores"]
     if changed and not is_finished(folder):
         watcher.warn(f"The environment has changed ({', '.join(changed)}): the last bits may differ.")
-    return engine_run(build(config["method"], config["options"]), data, config, folder, watcher)
+    return engine_run(method, data, config, folder, watcher)
 
 
 def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -244,11 +294,6 @@ def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def protocol_in_words(metrics: Mapping[str, Any]) -> str:
-    """``labels=task, task_id=known``."""
-    return str(Protocol(**metrics["protocol"]))
-
-
 DEMO = ("zero_shot", "finetune", "wise_ft", "individual")
 
 
@@ -257,9 +302,19 @@ def demo_folder(runs: Path) -> Path:
     number = 1
     while True:
         folder = runs / ("demo" if number == 1 else f"demo-{number}")
-        if not folder.exists() or not all(is_finished(folder / method) for method in DEMO):
+        if not folder.exists() or any(demo_goes_on(folder / method) for method in DEMO):
             return folder
         number += 1
+
+
+def demo_goes_on(folder: Path) -> bool:
+    """Whether a demo's run was begun, with what is installed now, and not finished."""
+    try:
+        config = read_config(folder)
+        wanted, _ = configure(folder.name, "mini-mtil", 0, [], {})
+        return not same_run(config, wanted) and not is_finished(folder)
+    except (PerdureError, KeyError):
+        return False
 
 
 def export(folder: Path, out: Path, task: int | None = None) -> str:
@@ -267,17 +322,16 @@ def export(folder: Path, out: Path, task: int | None = None) -> str:
 
     Returns the name of that task. ``PerdureError`` where the method answers with several models.
     """
-    config = read_config(folder)
-    folders = task_folders(folder)
+    config, data, method = reopen(folder)
+    folders = [folder / name for name in folder_names([t.name for t in data.tasks]) if (folder / name).exists()]
     if not folders or (task is not None and task >= len(folders)):
         raise PerdureError(f"{folder} has {max(0, len(folders) - 1)} finished tasks.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PerdureError(f"{out} exists. Choose a new folder.")
-    method = build(config["method"], config["options"])
     if not method.carries_weights:
         raise PerdureError(f"{config['method']} answers with an expert a task, not with one model.")
     source = config["settings"]["model"]
-    clip = CLIP.load(STREAMS[config["stream"]].value().model if source == "stream" else source)
+    clip = CLIP.load(data.model if source == "stream" else source)
     reseed(config["seed"], "bind")
     method.bind(clip)
     saved = read_task(folders[-1 if task is None else task], tensors=True)

@@ -112,13 +112,16 @@ class Screen(Watcher):
             )
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]Warning:[/] {text}", highlight=False)
+        self.console.print(f"Warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> Table:
     """One row a run: the figures that papers print."""
     table = Table(title="Accuracy in per cent, with 95 % bootstrap intervals", title_justify="left")
     table.add_column("method")
+    streams = {r["stream"] for r in runs}
+    if len(streams) > 1:
+        table.add_column("stream")
     columns = ["transfer", "average", "last", "forgetting"]
     if any(r.get("incremental_average") is not None for r in runs):
         columns += ["incremental_average", "incremental_last"]
@@ -130,7 +133,8 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> Table:
         cells = [figure(r, name) for name in columns]
         probe = f"{r['probe'][0]:.1f} → {r['probe'][-1]:.1f}" if r.get("probe") else "–"
         seeds = f" ({len(r['seed'])} seeds)" if isinstance(r["seed"], list) else ""
-        table.add_row(r["method"] + seeds, *cells, probe, f"{r['seconds']:.0f}")
+        where = [r["stream"]] if len(streams) > 1 else []
+        table.add_row(r["method"] + seeds, *where, *cells, probe, f"{r['seconds']:.0f}")
     return table
 
 

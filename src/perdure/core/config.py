@@ -63,6 +63,8 @@ def readings(text: str) -> list[Any]:
         structured = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         structured = text
+    if isinstance(structured, bool):  # pydantic reads the words for it; a number is not meant by "yes"
+        structured = text
     return [text, structured, *([None] if text.lower() in ("none", "null") else [])]
 
 

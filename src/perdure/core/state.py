@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from perdure.core.errors import DamagedFile
+from perdure.core.errors import DamagedFile, PerdureError
 
 S = TypeVar("S")
 
@@ -34,17 +34,32 @@ def write_bytes(path: Path, data: bytes) -> str:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
     return digest(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the system write down which files a folder holds: a rename must outlive a power cut."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # systems that do not open folders write renames down by themselves
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> str:
     """Write ``value`` as JSON (no NaN), atomically. Returns the sha256."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    return write_bytes(path, text.encode() + b"\n")
+    return write_bytes(path, as_json(value))
+
+
+def as_json(value: Any) -> bytes:
+    """``value`` as the JSON that ``write_json`` writes."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -125,5 +140,7 @@ def only_one(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DamagedFile(f"{folder} is being written by another process. Wait for it, or stop it first.") from None
+            raise PerdureError(
+                f"{folder} is being written by another process. Wait for it, or stop it first."
+            ) from None
         yield

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile
-from perdure.core.state import digest, read_json, read_tensors, write_bytes, write_json
+from perdure.core.state import digest, read_json, read_tensors, sync_folder, write_bytes, write_json
 from perdure.methods.base import Method
 
 
@@ -36,7 +36,12 @@ class Saved:
         """Put weights and state back into a bound method."""
         if "weights" in self.files:
             method.clip.load_own_state(self.files["weights"], f"saved {self.folder.name}")
-        state = {name: tensors for name, tensors in self.files.items() if name not in ("weights", "hits")}
+        device = method.clip.device
+        state = {
+            name: {key: tensor.to(device) for key, tensor in tensors.items()}
+            for name, tensors in self.files.items()
+            if name not in ("weights", "hits")
+        }
         method.unpack_state(state, self.record["values"])
 
 
@@ -45,21 +50,22 @@ def folder_name(index: int, task: str) -> str:
     return f"task_{index:02d}_{re.sub(r'[^A-Za-z0-9._-]+', '-', task)}"
 
 
-def task_folders(run: Path) -> list[Path]:
-    """The complete task folders, in order."""
-    return sorted(p for p in run.glob("task_*") if p.is_dir())
+def folder_names(tasks: Sequence[str]) -> list[str]:
+    """The folders of a complete run, row 0's first; any other folder beside them is nobody's business here."""
+    return [folder_name(number, task) for number, task in enumerate(["before", *tasks])]
 
 
-def save_task(run: Path, name: str, method: Method, hits: dict[str, Tensor], record: dict[str, Any]) -> None:
-    """Write a task's folder beside, then rename it: it exists whole or not at all.
+def save_task(
+    run: Path, name: str, method: Method, hits: dict[str, Tensor], record: dict[str, Any], kept: dict[str, Any]
+) -> dict[str, Any]:
+    """Write a task's folder beside, then rename it: it exists whole or not at all. Returns the record as written.
 
-    A state file that an earlier task wrote once (an expert, say) is named again, not written again.
+    A state file that an earlier task wrote once (an expert, say; named in ``kept``) is named again, not written again.
     """
     files, values = method.pack_state()
     if method.carries_weights:
         files["weights"] = method.clip.own_state()
     files["hits"] = hits
-    kept = earlier_files(run)
     beside = run / f".{name}.writing"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
@@ -72,29 +78,26 @@ def save_task(run: Path, name: str, method: Method, hits: dict[str, Tensor], rec
             path = f"{key.replace(' ', '-').replace('/', '-')}.safetensors"
             data = save({n: t.detach().cpu().contiguous() for n, t in sorted(tensors.items())})
             written[key] = {"path": f"{name}/{path}", "sha256": write_bytes(beside / path, data), "bytes": len(data)}
-        write_json(beside / "state.json", sealed({**record, "values": values, "files": written}))
+        record = {**record, "values": values, "files": written}
+        write_json(beside / "state.json", {**record, "sha256": seal(record)})
+        sync_folder(beside)
         os.replace(beside, run / name)
-    except OSError:
+        sync_folder(run)
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        raise
+    return record
 
 
-def sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with a checksum of itself, so that an altered number is noticed too."""
-    return {**record, "sha256": digest(json.dumps(record, sort_keys=True).encode())}
-
-
-def earlier_files(run: Path) -> dict[str, dict[str, Any]]:
-    """The files named by the last complete task."""
-    folders = task_folders(run)
-    return read_record(folders[-1])["files"] if folders else {}
+def seal(record: dict[str, Any]) -> str:
+    """The checksum of a record, of the form that it has when it is read back."""
+    return digest(json.dumps(json.loads(json.dumps(record)), sort_keys=True).encode())
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """A task's ``state.json``, its seal checked."""
     record = read_json(folder / "state.json")
-    seal = record.pop("sha256", None) if isinstance(record, dict) else None
-    if seal != digest(json.dumps(record, sort_keys=True).encode()):
+    noted = record.pop("sha256", None) if isinstance(record, dict) else None
+    if noted != seal(record):
         raise DamagedFile(f"{folder / 'state.json'} is damaged: its content is not what was written.")
     return record
 
@@ -110,20 +113,19 @@ def read_task(folder: Path, tensors: bool) -> Saved:
     return Saved(folder, record, files)
 
 
-def good_tasks(run: Path, warn: Callable[[str], None]) -> list[Saved]:
+def good_tasks(run: Path, tasks: Sequence[str], warn: Callable[[str], None]) -> list[Saved]:
     """The longest unbroken course of good tasks, the last of them with all its tensors.
 
     A damaged task and those after it are set aside (renamed, not deleted) and named through ``warn``.
     """
-    folders = task_folders(run)
+    folders = [run / name for name in folder_names(tasks)]
+    there = [number for number, folder in enumerate(folders) if folder.exists()]
     good: list[Saved] = []
-    for number, folder in enumerate(folders):
+    for folder in folders[: max(there, default=-1) + 1]:
         try:
-            if int(folder.name.split("_")[1]) != number:
-                raise DamagedFile(f"{run}: the folder of task {number} is missing.")
             good.append(read_task(folder, tensors=False))
         except DamagedFile as error:
-            set_aside(folders[number:], good, error, warn)
+            set_aside([f for f in folders[len(good) :] if f.exists()], good, error, warn)
             break
     while good:
         try:

@@ -84,10 +84,32 @@ def summarise(stream: Stream, rows: list[dict[str, Tensor]], protocol: Protocol,
         out[name] = None if value is None else float(value)
         if value is not None:
             out["intervals"][name] = metrics.interval(figure(draws))  # type: ignore[arg-type]
-    steps = [seen_accuracy(row, names[:i]) for i, row in enumerate(rows) if i > 0]
-    wanted = finished and protocol.labels == "seen"
-    out["incremental"] = steps if protocol.labels == "seen" else None
-    out["incremental_average"], out["incremental_last"] = metrics.incremental(steps) if wanted else (None, None)
+    sizes = np.array([len(t.test) for t in stream.tasks], dtype=np.float64)
+    out.update(class_incremental(np.array(accuracy), draws, sizes) if protocol.labels == "seen" else NOT_INCREMENTAL)
+    out["intervals"].update(out.pop("intervals_incremental", {}))
+    return out
+
+
+NOT_INCREMENTAL: dict[str, Any] = {"incremental": None, "incremental_average": None, "incremental_last": None}
+
+
+def class_incremental(accuracy: metrics.Matrix, draws: metrics.Matrix, sizes: metrics.Matrix) -> dict[str, Any]:
+    """Accuracy over all test images of the tasks seen, after each step; once all are done, its mean and last value.
+
+    accuracy: (rows, T); draws: (D, rows, T) bootstrap samples of it; sizes: (T,) test images a task.
+    """
+    tasks = len(sizes)
+    seen = np.tril(np.ones((tasks, tasks)))[: accuracy.shape[0] - 1] * sizes  # (steps, T)
+    share = seen / seen.sum(1, keepdims=True)
+    steps = (accuracy[1:] * share).sum(-1)
+    out: dict[str, Any] = {**NOT_INCREMENTAL, "incremental": steps.tolist()}
+    if len(steps) == tasks:
+        out["incremental_average"], out["incremental_last"] = metrics.incremental(steps)
+        resampled = (draws[:, 1:] * share).sum(-1)
+        out["intervals_incremental"] = {
+            "incremental_average": metrics.interval(resampled.mean(1)),
+            "incremental_last": metrics.interval(resampled[:, -1]),
+        }
     return out
 
 
@@ -95,8 +117,3 @@ def bootstrap(hits: list[Tensor], name: str) -> metrics.Matrix:
     """(draws, rows) accuracies of resampled test images of one task; the draws depend on its name alone."""
     rng = np.random.default_rng(derive("bootstrap", name))
     return metrics.resampled(torch.stack(hits).numpy().astype(bool), DRAWS, rng)
-
-
-def seen_accuracy(row: dict[str, Tensor], names: list[str]) -> float:
-    """Accuracy over the test images of all tasks seen, in per cent."""
-    return per_cent(torch.cat([row[name] for name in names]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
-from perdure.core.state import only_one, write_json
+from perdure.core.state import as_json, digest, only_one, write_json
 from perdure.data.task import Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.evaluate import Protocol, evaluate, per_cent, summarise
@@ -27,6 +29,7 @@ from perdure.models.clip import CLIP
 from perdure.training.fit import fit, precision_of
 
 FORMAT = 1
+THREADS = torch.get_num_threads()  # before any run changes it
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Settings:
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="auto: an accelerator if there is one")] = (
         "auto"
     )
-    threads: Annotated[int, Field(ge=0, description="processor threads; 0: as torch chooses")] = 0
+    threads: Annotated[int, Field(ge=0, le=1024, description="processor threads; 0: as torch chooses")] = 0
     tasks: Annotated[int, Field(ge=0, description="only the first tasks, for a quick look; 0: all")] = 0
     images: Annotated[
         int, Field(ge=0, description="at most so many images a task and side, for a quick look; 0: all")
@@ -59,12 +62,14 @@ class Settings:
             raise PerdureError("device=cuda: torch finds no CUDA device here. Use device=cpu.")
         return replace(
             self,
-            model=self.model or "stream",
+            model=str(Path(self.model).resolve())
+            if Path(self.model).is_dir() and self.model
+            else self.model or "stream",
             labels=stream.labels if self.labels == "stream" else self.labels,  # type: ignore[arg-type]
             task_id=stream.task_id if self.task_id == "stream" else self.task_id,  # type: ignore[arg-type]
-            precision=precision_of(self.precision),  # type: ignore[arg-type]
+            precision=precision_of(self.precision, device),  # type: ignore[arg-type]
             device=device,
-            threads=self.threads or torch.get_num_threads(),
+            threads=self.threads or THREADS,
         )
 
 
@@ -105,14 +110,22 @@ def environment(settings: Settings) -> dict[str, Any]:
     }
 
 
+def forget_peak_memory() -> None:
+    """Start measuring the peak anew, where the system can: a process may do several runs."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_mb() -> float:
-    """The most memory this process has held so far, in MB."""
+    """The most memory this process has held since ``forget_peak_memory`` (elsewhere than on Linux: ever), in MB."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1.024e-3, 1)
     try:
         import resource
     except ImportError:  # not on this system
         return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1e6 if sys.platform == "darwin" else 1e3 / 1.024), 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 976.6), 1)
 
 
 def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, watcher: Watcher) -> dict[str, Any]:
@@ -122,17 +135,35 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
     """
     settings, seed = Settings(**config["settings"]), config["seed"]
     torch.set_num_threads(settings.threads)
+    forget_peak_memory()
     with only_one(folder):
         clip = CLIP.load(stream.model if settings.model == "stream" else settings.model, settings.device)
+        if clip.fingerprint() != config["weights"]:
+            raise PerdureError(f"{clip.path} is not the CLIP that {folder} began with. Start a new run.")
         reseed(seed, "bind")
         method.bind(clip)
-        done = good_tasks(folder, watcher.warn)
+        done = good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
+        for saved in done:
+            if saved.record["config"] != identity(config):
+                raise PerdureError(
+                    f"{folder}/config.json was changed after {saved.folder.name} was run. Start a new run."
+                )
         if done:
             done[-1].restore(method)
         loop = Loop(method, stream, config, folder, watcher, done)
         while loop.next_task():
             pass
-        return loop.metrics()
+        metrics = loop.metrics()
+        path = folder / "metrics.json"
+        if not path.exists() or path.read_bytes() != as_json(metrics):
+            write_json(path, metrics)  # a run killed just before it wrote them
+        return metrics
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """A digest of everything in a configuration that decides the result."""
+    parts = {key: config[key] for key in ("method", "stream", "seed", "options", "settings", "split", "weights")}
+    return digest(as_json(json.loads(as_json(parts))))
 
 
 class Loop:
@@ -164,28 +195,34 @@ class Loop:
         losses = self.learn(number) if number else {}
         trained = time.perf_counter()
         self.watcher.evaluates()
-        same = number > 0 and not losses and self.protocol.labels != "seen"  # nothing learned, nothing else asked
-        hits = self.rows[-1] if same else evaluate(self.method, self.stream, self.protocol, number)
+        hits = (
+            self.rows[-1] if self.same_as_before(number) else evaluate(self.method, self.stream, self.protocol, number)
+        )
         record = {
             "task": name,
             "number": number,
             "losses": losses,
             "seconds": {"train": round(trained - start, 3), "evaluate": round(time.perf_counter() - trained, 3)},
             "peak_memory_mb": peak_memory_mb(),
-            "split": self.stream.digest,
+            "config": identity(self.config),
         }
-        save_task(self.folder, folder_name(number, name), self.method, hits, record)
+        kept = self.records[-1]["files"] if self.records else {}
+        self.records.append(save_task(self.folder, folder_name(number, name), self.method, hits, record, kept))
         self.rows.append(hits)
-        self.records.append(record)
         write_json(self.folder / "metrics.json", self.metrics())
         self.watcher.row(*self.shown(hits))
         return True
+
+    def same_as_before(self, number: int) -> bool:
+        """Whether a row must equal the one above: nothing was learned since, and nothing else is asked."""
+        unchanged = number > 0 and (not self.method.learns or self.to_learn(number) is None)
+        return unchanged and self.protocol.labels != "seen"
 
     def learn(self, number: int) -> dict[str, list[float]]:
         """Learn task ``number`` (1 …); return its losses, one value a step by name."""
         task = self.to_learn(number)
         generator = reseed(self.config["seed"], number)
-        if task is None:
+        if task is None or not self.method.learns:
             return {}
         clip = self.method.clip
         self.method.start(task)

@@ -27,6 +27,7 @@ from perdure.models.clip import CLIP
 from perdure.ops.losses import classification
 from perdure.training.fit import Backward, Schedule
 
+Rate = Annotated[float, Field(ge=0)]
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -35,12 +36,12 @@ class Recipe:
     """How a task is trained. The defaults are the published recipe of ZSCL, GIFT and ConDU for CLIP ViT-B/16."""
 
     lr: Annotated[float, Field(ge=0, description="peak learning rate")] = 1e-5
-    lr_by_task: Annotated[dict[str, float], Field(description="learning rates of single tasks, by task name")] = field(
+    lr_by_task: Annotated[dict[str, Rate], Field(description="learning rates of single tasks, by task name")] = field(
         default_factory=dict
     )
-    iterations: Annotated[int, Field(ge=0, description="optimiser steps a task")] = 1000
-    batch_size: Annotated[int, Field(ge=1, description="images a step")] = 64
-    warmup: Annotated[int, Field(ge=0, description="steps of linear warm-up, then a cosine to 0")] = 100
+    iterations: Annotated[int, Field(ge=0, le=10**9, description="optimiser steps a task")] = 1000
+    batch_size: Annotated[int, Field(ge=1, le=10**6, description="images a step")] = 64
+    warmup: Annotated[int, Field(ge=0, le=10**9, description="steps of linear warm-up, then a cosine to 0")] = 100
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of the classification loss")] = 0.2
     weight_decay: Annotated[float, Field(ge=0, description="AdamW's")] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's")] = 0.9
@@ -48,7 +49,7 @@ class Recipe:
     clip_grad: Annotated[float | None, Field(gt=0, description="largest norm of the gradient; none: no limit")] = None
     towers: Annotated[Literal["both", "image", "text"], Field(description="which towers learn")] = "both"
     adapt: Annotated[Literal["full", "lora"], Field(description="train all weights, or low-rank adapters")] = "full"
-    lora_rank: Annotated[int, Field(ge=1, description="rank of the adapters")] = 8
+    lora_rank: Annotated[int, Field(ge=1, le=1024, description="rank of the adapters")] = 8
     lora_alpha: Annotated[float, Field(gt=0, description="adapters are scaled by alpha / rank")] = 16.0
     lora_layers: Annotated[tuple[str, ...], Field(description="linear layers that get an adapter")] = LORA_LAYERS
 
@@ -77,6 +78,7 @@ class Method:
     Config: ClassVar[type] = Recipe
     State: ClassVar[type] = State
     scope: ClassVar[Literal["task", "stream"]] = "task"  # stream: sees all tasks at once
+    learns: ClassVar[bool] = True  # False: no task changes anything
     carries_weights: ClassVar[bool] = True  # False: ``start`` and ``experts`` never need the last task's weights
 
     clip: CLIP
@@ -146,7 +148,7 @@ class Method:
 
     def logits(self, query: Query) -> Tensor:
         """(B, C) logits of the weights the model holds now."""
-        texts = self.clip.class_texts(query.classes)
+        texts = self.clip.class_texts([c.prompts() for c in query.classes])
         return self.clip.scale * self.clip.encode_image(query.images) @ texts.T
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ class Compose(Method):
         self.learn, self.fuser, self.answerer = learn, fuse or learn, answer or learn
         self.parts = {"learn": learn, "fuse": self.fuser, "answer": self.answerer}
         self.scope = learn.scope  # type: ignore[misc]
+        self.learns = any(part.learns for part in self.parts.values())  # type: ignore[misc]
         self.carries_weights = self.fuser.carries_weights  # type: ignore[misc]
 
     def bind(self, clip: CLIP) -> None:

@@ -26,6 +26,8 @@ class FineTune(Method):
 class ZeroShot(Method):
     """The pre-trained model as it is: learns nothing, forgets nothing."""
 
+    learns = False
+
     def schedule(self, task: Task) -> Schedule:
         return Schedule(steps=0, lr=0.0, warmup=0, batch_size=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
 from perdure.core.weights import Weights
-from perdure.data.task import Class
 from perdure.models import lora
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -44,7 +44,7 @@ class CLIP(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.holds = "pretrained"  # the name of the weights it holds now; class texts are cached under it
         self.rebased = False  # whether the plain weights differ from the pre-trained ones
-        self._texts: dict[tuple[str, tuple[Class, ...]], Tensor] = {}
+        self._texts: dict[tuple[tuple[str, ...], ...], Tensor] = {}
 
     @classmethod
     def load(cls, path: str, device: str = "cpu") -> CLIP:
@@ -53,15 +53,21 @@ class CLIP(nn.Module):
 
         try:
             with quiet():
-                backbone = CLIPModel.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+                backbone, found = CLIPModel.from_pretrained(
+                    path, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+                )
             tokenizer = AutoTokenizer.from_pretrained(path)
+            mean, std = preprocessing(path)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().split("\n")[0]
             raise PerdureError(
                 f"No CLIP model could be loaded from '{path}': {reason} "
                 "Give a folder or a Hub id that transformers' CLIPModel.from_pretrained loads."
             ) from error
-        mean, std = preprocessing(path)
+        if found["missing_keys"]:
+            raise PerdureError(
+                f"'{path}' is no CLIP model: it lacks {sorted(found['missing_keys'])[0]} and perhaps others."
+            )
         return cls(backbone.eval(), tokenizer, mean, std, path).to(device)
 
     # ---- encoding
@@ -80,7 +86,7 @@ class CLIP(nn.Module):
         x = images.to(self.device)
         x = x.float() / 255 if x.dtype == torch.uint8 else x
         if x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+            x = resized(x, self.size)
         return (x - self.mean) / self.std
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
@@ -109,11 +115,13 @@ class CLIP(nn.Module):
         return self.encode_tokens(self.tokens(prompts))
 
     @torch.no_grad()
-    def class_texts(self, classes: Sequence[Class]) -> Tensor:
-        """(C, D): for each class the mean of its prompts' unit embeddings, made unit again. Kept while weights stay."""
-        key = (self.holds, tuple(classes))
+    def class_texts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
+        """(C, D): for each class the mean of its prompts' unit embeddings, made unit again.
+
+        Kept while the weights stay; not to be used while they are being trained.
+        """
+        key = tuple(map(tuple, prompts))
         if key not in self._texts:
-            prompts = [c.prompts() for c in classes]
             flat = torch.cat([self.encode_text(part) for part in chunks([p for ps in prompts for p in ps], 512)])
             means = torch.stack([e.mean(0) for e in flat.split([len(ps) for ps in prompts])])
             self._texts[key] = F.normalize(means, dim=-1)
@@ -128,7 +136,16 @@ class CLIP(nn.Module):
     @cached_property
     def pretrained(self) -> dict[str, Tensor]:
         """The weights it was born with, read again from where it was loaded."""
-        return CLIP.load(self.path).to(self.device).weights()
+        with torch.random.fork_rng():  # whenever it happens, it must not move the caller's draws
+            return CLIP.load(self.path).to(self.device).weights()
+
+    def fingerprint(self) -> str:
+        """A sha256 over names and values of the weights: which model this is, wherever it came from."""
+        whole = hashlib.sha256()
+        for name, tensor in sorted(self.weights().items()):
+            whole.update(name.encode())
+            whole.update(tensor.cpu().contiguous().numpy().tobytes())
+        return whole.hexdigest()
 
     def become(self, name: str, weights: Weights) -> None:
         """Take plain weights on, in place. A name that it holds already costs nothing."""
@@ -168,6 +185,10 @@ class CLIP(nn.Module):
 
     def load_own_state(self, state: Weights, name: str) -> None:
         """The inverse of ``own_state``."""
+        known = self.backbone.state_dict()
+        strange = sorted(key for key, tensor in state.items() if key not in known or known[key].shape != tensor.shape)
+        if strange:
+            raise PerdureError(f"The saved weights are another architecture's: {strange[0]} does not fit this model.")
         self.backbone.load_state_dict(dict(state), strict=False)
         self.rebased = any("lora_" not in key for key in state)
         self.changed(name)
@@ -186,6 +207,16 @@ class CLIP(nn.Module):
         """Its weights are others now: forget what was computed with the old ones."""
         self.holds = name
         self._texts.clear()
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) in 0 … 1 → (B, 3, size, size): the shorter side to ``size``, bicubic, then the centre."""
+    height, width = images.shape[-2:]
+    factor = size / min(height, width)
+    tall, wide = max(size, round(height * factor)), max(size, round(width * factor))
+    x = F.interpolate(images, (tall, wide), mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (tall - size) // 2, (wide - size) // 2
+    return x[..., top : top + size, left : left + size]
 
 
 def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:

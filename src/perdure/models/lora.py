@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ def attach(backbone: nn.Module, rank: int, alpha: float, targets: Sequence[str],
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    pattern = rf"{TOWERS[towers]}\..*\.({'|'.join(targets)})"
+    pattern = rf"{TOWERS[towers]}\..*\.({'|'.join(map(re.escape, targets))})"
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=True)
     inject_adapter_in_model(config, backbone)
     for name, parameter in backbone.named_parameters():

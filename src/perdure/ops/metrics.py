@@ -41,11 +41,11 @@ def last(matrix: ArrayLike) -> Matrix:
 
 
 def forgetting(matrix: ArrayLike) -> Matrix | None:
-    """Accuracy lost (Chaudhry et al., 2018): the best since the task was learned minus the last, averaged over all tasks
-    but the last one. Positive means lost. None for a single task."""
+    """Accuracy lost (Chaudhry et al., 2018): the best from when the task was learned until before the last row, minus the
+    last row, averaged over all tasks but the last one. Positive means lost. None for a single task."""
     a = checked(matrix)[..., 1:, :]
     tasks = a.shape[-1]
-    lost = [a[..., j:, j].max(-1) - a[..., -1, j] for j in range(tasks - 1)]
+    lost = [a[..., j:-1, j].max(-1) - a[..., -1, j] for j in range(tasks - 1)]
     return np.mean(lost, axis=0) if lost else None
 
 

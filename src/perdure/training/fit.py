@@ -57,15 +57,14 @@ class Learner(Protocol):
     def step(self, batch: Batch, backward: Backward) -> None: ...
 
 
-def bf16_helps() -> bool:
-    """Whether this processor multiplies bf16 natively."""
+def precision_of(wanted: str, device: str) -> str:
+    """``auto`` → ``bf16`` where the device multiplies it natively, else ``fp32``."""
+    if wanted != "auto":
+        return wanted
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.cuda.is_available() or bool(supported())
-
-
-def precision_of(wanted: str) -> str:
-    """``auto`` → ``bf16`` where the processor has it, else ``fp32``."""
-    return ("bf16" if bf16_helps() else "fp32") if wanted == "auto" else wanted
+    return "bf16" if supported() else "fp32"
 
 
 def batches(images: Images, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -112,7 +111,8 @@ def fit(
         record.append(losses)
         if on_step:
             on_step(step + 1, plan.steps, losses)
-    course = {name: torch.stack([losses[name] for losses in record]).tolist() for name in record[0]}
+    names = {name: None for losses in record for name in losses}  # in order; one that a step lacks counts 0 there
+    course = {n: torch.stack([losses.get(n, torch.zeros(())) for losses in record]).tolist() for n in names}
     check_finite(course, task.name)
     return course
 

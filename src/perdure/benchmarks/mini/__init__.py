@@ -65,8 +65,9 @@ def multi_domain(order: str) -> Stream:
         domain = about["domains"][name]
         classes = classes_of(domain["test"], domain["templates"])
         tasks.append(Task(name, classes, read_side(domain["train"]), read_side(domain["test"]), index))
-    name = "mini-mtil" if order == "I" else f"mini-mtil-{len(order)}"
-    return stream(name, tuple(tasks), "multi_domain", labels="task", task_id="known")
+    return stream(
+        {"I": "mini-mtil", "II": "mini-mtil-2"}[order], tuple(tasks), "multi_domain", labels="task", task_id="known"
+    )
 
 
 @cache
@@ -103,7 +104,7 @@ def check_model() -> None:
 def stream(name: str, tasks: tuple[Task, ...], source: str, labels: str, task_id: str) -> Stream:
     """A stream over ``tasks``, identified by the manifests' content."""
     check_model()
-    files = [ASSETS / f"{source}.json", ASSETS / "probe.json"]
+    files = [ASSETS / f"{part}.json" for part in (source, "probe", "clip/checksums")]
     identity = hashlib.sha256(name.encode() + b"".join(f.read_bytes() for f in files)).hexdigest()
     defaults = yaml.safe_load((Path(__file__).parent / "preset.yaml").read_text(encoding="utf-8"))
     return Stream(name, tasks, probe(), str(MODEL), identity, labels, task_id, defaults, notes())
