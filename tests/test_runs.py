@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import perdure
 from perdure import launch
-from perdure.core.errors import DamagedFile, PerdureError
+from perdure.core.errors import PerdureError
 from perdure.core.state import only_one, write_bytes
 from perdure.engine.run import Watcher
 
@@ -57,10 +57,12 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["finetune", "finetune_lora", "wise_ft", "individual"])
+@pytest.mark.parametrize("method", ["finetune", "finetune_lora", "wise_ft", "individual adapt=lora"])
 def test_killed_at_random_moments_ends_with_the_same_bits(method: str, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    begin: list[str | Path] = ["run", "--method", method, "--stream", "mini-mtil", *WORDS, "iterations=12"]
+    name, *more = method.split()
+    words = [w for w in WORDS if not w.startswith("iterations")]
+    begin: list[str | Path] = ["run", "--method", name, "--stream", "mini-mtil", *words, *more, "iterations=25"]
     assert command(*begin, "--out", whole)[0] == 0
     random.seed(method)
     kills = 0
@@ -85,7 +87,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(method: str, tmp_path:
 @pytest.mark.slow
 def test_ctrl_c_stops_tidily_and_says_how_to_go_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = start("run", "--method", "finetune", "--stream", "mini-mtil", *WORDS, "iterations=200", "--out", folder)
+    process = start("run", "--method", "finetune", "--stream", "mini-mtil", "tasks=2", "--out", folder)
     while not (folder / "task_00_before").exists():
         time.sleep(0.02)
         assert process.poll() is None
@@ -93,7 +95,7 @@ def test_ctrl_c_stops_tidily_and_says_how_to_go_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"perdure resume {folder}" in out.replace("\n", "") and "Traceback" not in out + err
+    assert f"perdure resume {folder}" in out and "Traceback" not in out + err
     assert not list(folder.glob(".task*"))
 
 
@@ -184,6 +186,44 @@ def test_a_finished_run_is_left_alone(short_run: Run, tmp_path: Path) -> None:
     assert again["finished"] and outcome(folder) != before
 
 
+def test_overwriting_leaves_what_perdure_did_not_write(short_run: Run) -> None:
+    folder = short_run("finetune")["folder"]
+    (folder / "notes.txt").write_text("mine")
+    (folder / "task_notes").mkdir()
+    perdure.run("zero_shot", "mini-mtil", folder, overwrite=True, **SHORT)
+    assert (folder / "notes.txt").read_text() == "mine" and (folder / "task_notes").is_dir()
+    assert outcome(folder)["method"] == "zero_shot"
+
+
+def test_a_run_killed_before_its_metrics_were_written_writes_them(short_run: Run) -> None:
+    folder = short_run("finetune")["folder"]
+    before = outcome(folder)
+    (folder / "metrics.json").unlink()
+    perdure.resume(folder)
+    assert outcome(folder) == before
+
+
+def test_a_changed_configuration_is_noticed(short_run: Run) -> None:
+    folder = short_run("finetune")["folder"]
+    config = json.loads((folder / "config.json").read_text())
+    config["options"]["lr"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PerdureError, match="was changed after"):
+        perdure.resume(folder)
+
+
+def test_several_seeds_are_one_run(tmp_path: Path) -> None:
+    folder = tmp_path / "seeds"
+    launch.begin("zero_shot", "mini-mtil", folder, seeds=2, assignments=SHORT)
+    assert launch.seed_folders(folder) == [folder / "seed_0", folder / "seed_1"]
+    with pytest.raises(PerdureError, match="other seeds .seed_0"):
+        launch.begin("zero_shot", "mini-mtil", folder, seed=1, seeds=2, assignments=SHORT)
+    with pytest.raises(PerdureError, match="very run, unfinished"):
+        launch.begin("zero_shot", "mini-mtil", folder, seeds=2, assignments=SHORT)
+    with pytest.raises(PerdureError, match="several seeds"):
+        launch.begin("zero_shot", "mini-mtil", folder, assignments=SHORT)
+
+
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
@@ -203,7 +243,7 @@ def test_a_run_of_another_split_is_not_resumed(short_run: Run) -> None:
 
 
 def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
-    with only_one(tmp_path), pytest.raises(DamagedFile, match="another process"), only_one(tmp_path):
+    with only_one(tmp_path), pytest.raises(PerdureError, match="another process"), only_one(tmp_path):
         pass
     with only_one(tmp_path):  # freed again
         pass

@@ -29,7 +29,7 @@ def main() -> None:
     package, fonts = sources.main(options.work)
     if not (options.work / "drawings.jsonl").exists():
         drawings.main(package, options.work)
-    if not (options.work / "pretrain.npz").exists() or not (options.assets / "probe.json").exists():
+    if not (options.work / "pretrain.npz").exists():
         world.main(package, fonts, options.work, options.assets)
     pretrain.main(options.work, options.assets)
 

@@ -339,6 +339,9 @@ def export(student: CLIPModel, tok: Tokenizer, scores: dict[str, float], folder:
 def main(work: Path, assets: Path) -> None:
     torch.set_num_threads(2)
     pool = Pool(work / "pretrain.npz")
+    pairs = hashlib.sha256((work / "pretrain.npz").read_bytes()).hexdigest()[:8]
+    work = work / f"pretrain-{pairs}"  # other pairs, other checkpoints
+    work.mkdir(exist_ok=True)
     tok = tokenizer(pool.all_captions, work / "tokenizer.json")
     judge = Judge(assets, tok)
     print(f"{len(pool.captions):,} pairs, {len(pool.names):,} captions, {tok.get_vocab_size()} tokens", flush=True)

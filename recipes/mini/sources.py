@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -42,9 +43,11 @@ def unpack(package: dict[str, str], folder: Path, target: Path) -> None:
         sys.exit(
             f"{path.name} is not the archive that the recipe was made with (sha256 {found}). Delete it to try again."
         )
+    beside = folder / "unpacking"
+    shutil.rmtree(beside, ignore_errors=True)
     with tarfile.open(path) as archive:
-        archive.extractall(target.with_suffix(".unpacking"), filter="data")
-    (target.with_suffix(".unpacking") / "package").rename(target)
+        archive.extractall(beside, filter="data")
+    (beside / "package").rename(target)
 
 
 def main(work: Path) -> tuple[Path, Path]:

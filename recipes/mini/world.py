@@ -333,7 +333,6 @@ def main(package: Path, fonts: Path, work: Path, assets: Path) -> None:
         for n in json.loads((package / "json" / f"{s}.json").read_text())["icons"]
     }
     pre = pretraining(rows, images, held, brands, keep)
-    np.savez(work / "pretrain.npz", images=images[pre["index"]], captions=pre["captions"], palette=pre["palette"])
     write(vocabulary, sides, assets)
     used = Counter(
         s.split(":")[0] for pair in sides.values() for side in pair for d in side.classes.values() for s, _, _ in d
@@ -346,6 +345,9 @@ def main(package: Path, fonts: Path, work: Path, assets: Path) -> None:
     counts = count(sides, twins, pruned, pre, rows)
     dump(counts, assets / "counts.json")
     print(json.dumps(counts, indent=1))
+    beside = work / "pretrain.writing.npz"
+    np.savez(beside, images=images[pre["index"]], captions=pre["captions"], palette=pre["palette"])
+    beside.rename(work / "pretrain.npz")  # last: its presence says that the world is built
 
 
 def write(vocabulary: dict[str, Any], sides: dict[str, tuple[Side, Side]], assets: Path) -> None:
@@ -385,10 +387,8 @@ def count(
     rows: list[Drawing],
 ) -> dict[str, Any]:
     """The numbers that prove what the docstring promises."""
-    families = defaultdict(set)
-    for row in rows:
-        families[row["role"]].add(row["family"])
-    crossing = [f for a in families for b in families if a < b for f in families[a] & families[b]]
+    families = used_families(sides, pre, rows)
+    crossing = sorted(f for a in families for b in families if a < b for f in families[a] & families[b])
     tests = np.stack([d for _, test in sides.values() for d in test.all()])
     trains = np.stack([d for train, _ in sides.values() for d in train.all()])
     tasks = {
@@ -409,6 +409,20 @@ def count(
         "pretraining": {"drawings": len(pre["index"]), "captions": len(set(pre["captions"])), "twins_removed": pre["twins"]},
         "twins_left_between_train_and_test": int(has_twin(trains, tests).sum()),
     }  # fmt: skip
+
+
+def used_families(sides: dict[str, tuple[Side, Side]], pre: dict[str, Any], rows: list[Drawing]) -> dict[str, set[str]]:
+    """The families of the drawings that each role really uses; the probe's, which come from both sides, left out."""
+    family_of = {row["set"]: row["family"] for row in rows}
+    out: dict[str, set[str]] = {"pretrain": {rows[i]["family"] for i in pre["index"]}, "train": set(), "test": set()}
+    for name, pair in sides.items():
+        if name in ("probe", "digits"):
+            continue
+        for role, side in zip(("train", "test"), pair, strict=True):
+            for source in (s for drawings in side.classes.values() for s, _, _ in drawings):
+                maker = source.split("/")[0] if source.startswith("font:") else source.split(":")[0]
+                out[role].add(family_of.get(maker, maker))
+    return out
 
 
 def dump(value: Any, path: Path) -> None:
