@@ -10,6 +10,7 @@ of the command line and, with ``--demo``, the time and peak memory of the demo's
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import resource
 import statistics
@@ -20,6 +21,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 
 from perdure.benchmarks import mini
 from perdure.core.seeding import reseed
@@ -28,6 +30,7 @@ from perdure.data.transforms import random_resized_crop
 from perdure.methods.finetune import FineTune
 from perdure.models.clip import CLIP
 from perdure.training.fit import fit, precision_of
+from perdure.view import Screen
 
 BATCH = 64
 
@@ -36,7 +39,9 @@ def ours(clip: CLIP, task: Task, steps: int, precision: str) -> None:
     method = FineTune(iterations=steps, warmup=15, lr=2e-4, batch_size=BATCH)
     method.bind(clip)
     method.begin_task(task)
-    fit(method, task, reseed(0, 1), clip.size, clip.device, precision)
+    with Screen(Console(file=io.StringIO()), "bench") as screen:  # with the progress that the command line keeps
+        screen.learns(task.name, 1)
+        fit(method, task, reseed(0, 1), clip.size, clip.device, precision, screen.step)
 
 
 def bare(clip: CLIP, task: Task, steps: int, precision: str) -> None:

@@ -28,6 +28,7 @@ TWIN = 0.97
 PER_ROW = 32
 CAP = {"train": 36, "test": 16}  # drawings a class
 PER_SET = 3  # drawings of one class from one set
+LEAST = {"class_incremental": (20, 8)}  # drawings a class, train and test; elsewhere (6, 4)
 LETTER_CAP = {"train": 60, "test": 24}
 Drawing = dict[str, Any]
 
@@ -308,38 +309,25 @@ def prune(side_pair: tuple[Side, Side], least: tuple[int, int]) -> list[str]:
 
 def main(package: Path, fonts: Path, work: Path, assets: Path) -> None:
     vocabulary = json.loads((Path(__file__).parent / "vocabulary.json").read_text())
-    rows = [json.loads(line) for line in (work / "drawings.jsonl").read_text().splitlines()]
     images = np.load(work / "drawings.npy", mmap_mode="r")
-    family_role = {f: role for role, families in vocabulary["families"].items() for f in families}
-    for index, row in enumerate(rows):
-        row.update(index=index, role=family_role.get(row["family"], "pretrain"))
+    rows = cast(work, vocabulary["families"])
     sides = build_sides(vocabulary, Picker(rows, images), fonts)
     twins = remove_twins(sides)
-    least = {"class_incremental": (20, 8)}
-    pruned = {n: prune(pair, least.get(n, (6, 4))) for n, pair in sides.items() if pair[0].classes}
+    pruned = {n: prune(pair, LEAST.get(n, (6, 4))) for n, pair in sides.items() if pair[0].classes}
     steps = vocabulary["class_incremental"]["steps"]
-    names = list(sides["class_incremental"][1].classes)
-    for c in names[len(names) // steps * steps :]:  # steps of equal size
-        pruned["class_incremental"].append(c)
-        for side in sides["class_incremental"]:
-            del side.classes[c]
-
+    pruned["class_incremental"] += even_steps(sides["class_incremental"], steps)
     held = np.stack([d for pair in sides.values() for side in pair for d in side.all()])
-    keep = {c for g in vocabulary["domains"].values() for k, v in g["classes"].items() for c in [k, *v]}
-    keep |= set(vocabulary["class_incremental"]["classes"]) | set(vocabulary["probe"]["classes"])
-    brands = {
-        n.replace("-", " ")
-        for s in ("simple-icons", "logos", "fa7-brands", "bxl", "cib", "devicon")
-        for n in json.loads((package / "json" / f"{s}.json").read_text())["icons"]
-    }
-    pre = pretraining(rows, images, held, brands, keep)
+    pre = pretraining(rows, images, held, brand_names(package), asked_for(vocabulary))
+    for name, group in vocabulary["domains"].items():
+        for known in group.get("left_out", []):  # held out like the others, but too easy to be asked
+            for side in sides[name]:
+                side.classes.pop(known, None)
     write(vocabulary, sides, assets)
     used = Counter(
-        s.split(":")[0] for pair in sides.values() for side in pair for d in side.classes.values() for s, _, _ in d
+        s.split(":")[0] for pair in sides.values() for side in pair for d in side.classes.values() for s, *_ in d
     )
     pretrained = Counter(rows[i]["set"] for i in pre["index"])
-    roles = {row["set"]: row["role"] for row in rows}
-    sources = credits(package, roles, fonts, used, pretrained)
+    sources = credits(package, {row["set"]: row["role"] for row in rows}, fonts, used, pretrained)
     dump(sources, assets / "SOURCES.json")
     (assets / "LICENCES.md").write_text(licences(sources))
     counts = count(sides, twins, pruned, pre, rows)
@@ -348,6 +336,38 @@ def main(package: Path, fonts: Path, work: Path, assets: Path) -> None:
     beside = work / "pretrain.writing.npz"
     np.savez(beside, images=images[pre["index"]], captions=pre["captions"], palette=pre["palette"])
     beside.rename(work / "pretrain.npz")  # last: its presence says that the world is built
+
+
+def cast(work: Path, families: dict[str, list[str]]) -> list[Drawing]:
+    """The drawings' rows, each with its number and the role of its family."""
+    rows = [json.loads(line) for line in (work / "drawings.jsonl").read_text().splitlines()]
+    role_of = {family: role for role, names in families.items() for family in names}
+    for index, row in enumerate(rows):
+        row.update(index=index, role=role_of.get(row["family"], "pretrain"))
+    return rows
+
+
+def even_steps(pair: tuple[Side, Side], steps: int) -> list[str]:
+    """Drop the last classes, so that every step has as many; return their names."""
+    names = list(pair[1].classes)
+    extra = names[len(names) // steps * steps :]
+    for name in extra:
+        for side in pair:
+            del side.classes[name]
+    return extra
+
+
+def asked_for(vocabulary: dict[str, Any]) -> set[str]:
+    """Every caption that a stream or the probe uses."""
+    captions = {c for g in vocabulary["domains"].values() for k, v in g["classes"].items() for c in [k, *v]}
+    return captions | set(vocabulary["class_incremental"]["classes"]) | set(vocabulary["probe"]["classes"])
+
+
+def brand_names(package: Path) -> set[str]:
+    """The names in the logo sets: what is called so elsewhere is taken for a logo too."""
+    sets = ("simple-icons", "logos", "fa7-brands", "bxl", "cib", "devicon")
+    read = ((package / "json" / f"{s}.json").read_text() for s in sets)
+    return {name.replace("-", " ") for text in read for name in json.loads(text)["icons"]}
 
 
 def write(vocabulary: dict[str, Any], sides: dict[str, tuple[Side, Side]], assets: Path) -> None:

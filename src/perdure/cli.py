@@ -226,8 +226,11 @@ def finish(runs: list[Path], page: Path | None = None) -> None:
     if page.suffix != ".html" or page.is_dir():
         raise PerdureError(f"The report is an HTML file: {page} should be a name that ends in .html.")
     page.parent.mkdir(parents=True, exist_ok=True)
-    html.write(found, page)
-    picture = figure.draw(found, page.with_suffix(".png"))
+    try:
+        html.write(found, page)
+        picture = figure.draw(found, page.with_suffix(".png"))
+    except ValueError as error:  # what the files say does not fit together
+        raise PerdureError(f"No report can be drawn: {error}") from None
     screen.print(f"Report:  {page}\nPicture: {picture}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from perdure.report import charts, palette, setup, tables
+from perdure.report import charts, configuration, palette, tables
 from perdure.report.entries import REFERENCES, Entry, Run, collect, comparable, mean, same_order
 
 COST = ("seconds", "peak_memory_mb")
@@ -55,9 +55,9 @@ def _context(entries: list[Entry]) -> dict[str, Any]:
         "courses": charts.courses(entries),
         "losses": charts.losses(entries),
         "cost": _cost(entries),
-        "settings": setup.table(entries),
-        "protocol": setup.protocol(entries),
-        "notes": setup.notes(entries),
+        "settings": configuration.table(entries),
+        "protocol": configuration.protocol(entries),
+        "notes": configuration.notes(entries),
         "same_order": same_order(entries),
         "palette": palette,
         "references": REFERENCES,
