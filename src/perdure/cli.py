@@ -167,7 +167,7 @@ def demo(out: Out = None) -> None:
     for one in runs:
         if not (one / "config.json").exists():
             launch.begin(one.name, "mini-mtil", one)
-        elif launch.same_run(launch.read_config(one), launch.configure(one.name, "mini-mtil", 0, [], {})[0]):
+        elif launch.same_run(launch.read_config(one), launch.prepare(one.name, "mini-mtil", 0, [], {})):
             raise PerdureError(f"{one} holds a run that is not the demo's. Choose another folder with --out.")
     for one in runs:
         watched(one)

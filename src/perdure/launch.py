@@ -114,20 +114,19 @@ def configure(
         "options": {key: values[key] for key in known},
         "settings": dataclasses.asdict(settings),
         "split": data.digest,
-        "weights": checked_model(method, values, known, settings, data),
         "environment": environment(settings),
     }
     return config, data
 
 
-def checked_model(
-    method: str, values: Mapping[str, Any], known: Mapping[str, Option], settings: Settings, stream: Stream
-) -> str:
-    """The fingerprint of the CLIP that a run will use, once it loads and the method can take it."""
-    clip = CLIP.load(stream.model if settings.model == "stream" else settings.model, settings.device)
+def prepare(*what: Any) -> dict[str, Any]:
+    """``configure``, and what can only be checked with the model at hand: that it loads, and that the method can take it."""
+    config, data = configure(*what)
+    settings = config["settings"]
+    clip = CLIP.load(data.model if settings["model"] == "stream" else settings["model"], settings["device"])
     fingerprint = clip.fingerprint()
-    build(method, {key: values[key] for key in known}).bind(clip)
-    return fingerprint
+    build(config["method"], config["options"]).bind(clip)
+    return {**config, "weights": fingerprint}
 
 
 def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -207,7 +206,7 @@ def begin(
     """Check everything and claim ``folder`` for a run that ``resume`` then does; with several seeds, ``folder/seed_N``."""
     layer = read_preset(preset) if preset else {}
     layer = {k: v for k, v in layer.items() if k not in ("method", "stream", "about")}
-    config, _ = configure(method, stream, seed, assignments, layer)
+    config = prepare(method, stream, seed, assignments, layer)
     if seeds == 1:
         if (folder / "seeds.json").exists():
             raise PerdureError(f"{folder} holds a run of several seeds. Choose another folder with --out.")
@@ -294,7 +293,7 @@ def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-DEMO = ("zero_shot", "finetune", "wise_ft", "individual")
+DEMO = ("zero_shot", "finetune", "individual")
 
 
 def demo_folder(runs: Path) -> Path:
@@ -311,8 +310,7 @@ def demo_goes_on(folder: Path) -> bool:
     """Whether a demo's run was begun, with what is installed now, and not finished."""
     try:
         config = read_config(folder)
-        wanted, _ = configure(folder.name, "mini-mtil", 0, [], {})
-        return not same_run(config, wanted) and not is_finished(folder)
+        return not same_run(config, prepare(folder.name, "mini-mtil", 0, [], {})) and not is_finished(folder)
     except (PerdureError, KeyError):
         return False
 

@@ -36,7 +36,7 @@ class Protocol:
 
 
 @torch.no_grad()
-def predicted(method: Method, images: Images, classes: tuple[Class, ...], task: int | None, size: int = 512) -> Tensor:
+def predicted(method: Method, images: Images, classes: tuple[Class, ...], task: int | None, size: int = 256) -> Tensor:
     """The number of the predicted class of each image, (N,) int64."""
     parts = (method.predict(Query(x, classes, task)).argmax(1).cpu() for x in images.pixels.split(size))
     return torch.cat(list(parts))
@@ -61,56 +61,51 @@ def per_cent(hits: Tensor) -> float:
 
 
 def summarise(stream: Stream, rows: list[dict[str, Tensor]], protocol: Protocol, transfers: bool) -> dict[str, Any]:
-    """Every figure of a run, from the hits after each task (row 0: before any), with 95 % bootstrap intervals.
+    """Every figure of a run, from the hits after each task (row 0: before any).
 
-    ``transfers``: whether the rows are a course over tasks; where all tasks are learned at once, figures that compare
-    rows mean nothing and are None.
+    While tasks are missing, figures are None; once all are done they come with 95 % bootstrap intervals. ``transfers``:
+    whether the rows are a course over tasks; where all tasks are learned at once, figures that compare rows are None too.
     """
     names = [t.name for t in stream.tasks]
-    finished = len(rows) == len(names) + 1
     accuracy = [[per_cent(row[name]) for name in names] for row in rows]
-    samples = {name: bootstrap([row[name] for row in rows], name) for name in rows[0]}
-    draws = np.stack([samples[n] for n in names], axis=-1)  # (draws, rows, tasks)
+    sizes = np.array([len(t.test) for t in stream.tasks], dtype=np.float64)
+    steps = seen_accuracy(np.array(accuracy), sizes) if protocol.labels == "seen" else None
     out: dict[str, Any] = {
         "accuracy": accuracy,
-        "accuracy_interval": [[metrics.interval(draws[:, i, j]) for j in range(len(names))] for i in range(len(rows))],
         "probe": [per_cent(row["probe"]) for row in rows] if "probe" in rows[0] else None,
-        "probe_interval": [metrics.interval(s) for s in samples["probe"].T] if "probe" in rows[0] else None,
+        **dict.fromkeys(metrics.FIGURES),
+        "incremental": steps.tolist() if steps is not None else None,
+        "incremental_average": None,
+        "incremental_last": None,
         "intervals": {},
     }
-    alone = {"average", "last"}
+    if len(rows) <= len(names):
+        return out
+    samples = {name: bootstrap([row[name] for row in rows], name) for name in rows[0]}
+    draws = np.stack([samples[n] for n in names], axis=-1)  # (draws, rows, tasks)
     for name, figure in metrics.FIGURES.items():
-        value = figure(accuracy) if finished and (transfers or name in alone) else None
-        out[name] = None if value is None else float(value)
+        value = figure(accuracy) if transfers or name in ("average", "last") else None
         if value is not None:
+            out[name] = float(value)
             out["intervals"][name] = metrics.interval(figure(draws))  # type: ignore[arg-type]
-    sizes = np.array([len(t.test) for t in stream.tasks], dtype=np.float64)
-    out.update(class_incremental(np.array(accuracy), draws, sizes) if protocol.labels == "seen" else NOT_INCREMENTAL)
-    out["intervals"].update(out.pop("intervals_incremental", {}))
+    if steps is not None:
+        out["incremental_average"], out["incremental_last"] = metrics.incremental(steps)
+        resampled = seen_accuracy(draws, sizes)
+        out["intervals"]["incremental_average"] = metrics.interval(resampled.mean(1))
+        out["intervals"]["incremental_last"] = metrics.interval(resampled[:, -1])
+    out["accuracy_interval"] = [[metrics.interval(draws[:, i, j]) for j in range(len(names))] for i in range(len(rows))]
+    out["probe_interval"] = [metrics.interval(s) for s in samples["probe"].T] if "probe" in samples else None
     return out
 
 
-NOT_INCREMENTAL: dict[str, Any] = {"incremental": None, "incremental_average": None, "incremental_last": None}
+def seen_accuracy(accuracy: metrics.Matrix, sizes: metrics.Matrix) -> metrics.Matrix:
+    """Class-incremental accuracy: (…, rows, T) → (…, rows - 1), over all test images of the tasks seen at each step.
 
-
-def class_incremental(accuracy: metrics.Matrix, draws: metrics.Matrix, sizes: metrics.Matrix) -> dict[str, Any]:
-    """Accuracy over all test images of the tasks seen, after each step; once all are done, its mean and last value.
-
-    accuracy: (rows, T); draws: (D, rows, T) bootstrap samples of it; sizes: (T,) test images a task.
+    ``sizes`` (T,): test images a task.
     """
     tasks = len(sizes)
-    seen = np.tril(np.ones((tasks, tasks)))[: accuracy.shape[0] - 1] * sizes  # (steps, T)
-    share = seen / seen.sum(1, keepdims=True)
-    steps = (accuracy[1:] * share).sum(-1)
-    out: dict[str, Any] = {**NOT_INCREMENTAL, "incremental": steps.tolist()}
-    if len(steps) == tasks:
-        out["incremental_average"], out["incremental_last"] = metrics.incremental(steps)
-        resampled = (draws[:, 1:] * share).sum(-1)
-        out["intervals_incremental"] = {
-            "incremental_average": metrics.interval(resampled.mean(1)),
-            "incremental_last": metrics.interval(resampled[:, -1]),
-        }
-    return out
+    seen = np.tril(np.ones((tasks, tasks)))[: accuracy.shape[-2] - 1] * sizes
+    return (accuracy[..., 1:, :] * (seen / seen.sum(1, keepdims=True))).sum(-1)
 
 
 def bootstrap(hits: list[Tensor], name: str) -> metrics.Matrix:

@@ -53,9 +53,7 @@ class CLIP(nn.Module):
 
         try:
             with quiet():
-                backbone, found = CLIPModel.from_pretrained(
-                    path, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-                )
+                backbone, found = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(path)
             mean, std = preprocessing(path)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -68,6 +66,7 @@ class CLIP(nn.Module):
             raise PerdureError(
                 f"'{path}' is no CLIP model: it lacks {sorted(found['missing_keys'])[0]} and perhaps others."
             )
+        backbone.set_attn_implementation(attention(backbone.config.vision_config, device))
         return cls(backbone.eval(), tokenizer, mean, std, path).to(device)
 
     # ---- encoding
@@ -207,6 +206,12 @@ class CLIP(nn.Module):
         """Its weights are others now: forget what was computed with the old ones."""
         self.holds = name
         self._texts.clear()
+
+
+def attention(vision: Any, device: str) -> str:
+    """Plain products for a processor and few patches, where torch's fused attention is slower (bf16, backwards: by half)."""
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return "eager" if device == "cpu" and patches <= 64 else "sdpa"
 
 
 def resized(images: Tensor, size: int) -> Tensor:
