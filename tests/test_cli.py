@@ -85,7 +85,14 @@ def test_run_report_and_export(
     )
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["seed"] == [0, 1] and len(metrics["runs"]) == 2
-    assert {p.name for p in run.iterdir()} == {"seed_0", "seed_1", "metrics.json", "report.html", "report.png"}
+    assert {p.name for p in run.iterdir()} == {
+        "seed_0",
+        "seed_1",
+        "seeds.json",
+        "metrics.json",
+        "report.html",
+        "report.png",
+    }
     page = tmp_path / "page.html"
     assert perdure(monkeypatch, "report", run / "seed_0", run / "seed_1", "--out", page) == 0
     assert page.exists() and page.with_suffix(".png").exists()
