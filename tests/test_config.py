@@ -71,9 +71,9 @@ def test_preset_sits_between_stream_and_command_line() -> None:
     layer = {k: v for k, v in preset.items() if k not in ("method", "stream", "about")}
     config, _ = launch.configure("finetune", "mini-mtil", 0, ["lr=3e-5"], layer)
     assert config["options"]["lr"] == 3e-5  # command line
-    assert config["options"]["iterations"] == 1000  # preset, over the stream's 100
+    assert config["options"]["iterations"] == 1000  # preset, over the stream's 80
     config, _ = launch.configure("finetune", "mini-mtil", 0, [], {})
-    assert config["options"]["iterations"] == 100
+    assert config["options"]["iterations"] == 80
 
 
 def test_unknown_names_suggest_the_nearest() -> None:

@@ -167,4 +167,4 @@ def test_more_rivals_never_help() -> None:
 def test_the_streams_suit_the_command_line() -> None:
     for name in ("mini-mtil", "mini-mtil-2", "mini-cil"):
         config, stream = launch.configure("finetune", name, 0, [], {})
-        assert config["options"]["iterations"] == 100 and stream.name == name
+        assert config["options"]["iterations"] == 80 and stream.name == name

@@ -21,7 +21,7 @@ ASSETS = HERE.parents[1] / "src" / "perdure" / "benchmarks" / "mini" / "assets"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--work", type=Path, default=HERE / "work", help="for what is fetched and made on the way (3 GB)"
+        "--work", type=Path, default=HERE / "build", help="for what is fetched and made on the way (3 GB)"
     )
     parser.add_argument("--assets", type=Path, default=ASSETS, help="where the small world goes")
     options = parser.parse_args()

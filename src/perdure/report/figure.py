@@ -24,11 +24,12 @@ def draw(runs: list[Run], path: Path) -> Path:
     """Draw the runs as a PNG of 1600 px width at `path`, making its folder, and return `path`.
 
     runs: the dicts read from `metrics.json` files; accuracies in per cent, (tasks + 1) x tasks. The matrices of the
-    first four are shown (those that are no references first), the courses of all. Raises ValueError if there is no
+    first four that change are shown (those that are no references first), the courses of all. Raises ValueError if there is no
     run, or a run without tasks or a fitting matrix, and OSError if the file cannot be written.
     """
     entries, path = collect(runs), Path(path)
-    shown = sorted(entries, key=lambda entry: bool(entry.reference))[:MOST_MATRICES]
+    moving = [entry for entry in entries if any(row != entry.accuracy[0] for row in entry.accuracy)]
+    shown = sorted(moving or entries[:1], key=lambda entry: bool(entry.reference))[:MOST_MATRICES]
     shown.sort(key=lambda entry: entry.index)
     columns = 1 if len(shown) == 1 else 2
     rows = math.ceil(len(shown) / columns)
