@@ -7,7 +7,7 @@ learner says what is trained, for how long, and what one step's losses are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -111,21 +111,22 @@ def fit(
         record.append(losses)
         if on_step:
             on_step(step + 1, plan.steps, losses)
-    names = {name: None for losses in record for name in losses}  # in order; one that a step lacks counts 0 there
-    course = {n: torch.stack([losses.get(n, torch.zeros(())) for losses in record]).tolist() for n in names}
-    check_finite(course, task.name)
-    return course
+    return course(record, task.name)
 
 
-def check_finite(course: Mapping[str, list[float]], task: str) -> None:
-    """Refuse a training that has diverged: its weights are worth nothing."""
-    for name, values in course.items():
+def course(record: Sequence[Mapping[str, Tensor]], task: str) -> dict[str, list[float]]:
+    """Each loss over the steps, 0 where a step lacks it. Refuses a training that diverged: its weights are worth nothing."""
+    names = {name: None for losses in record for name in losses}  # in the order in which they appeared
+    zero = next((loss.new_zeros(()) for losses in record for loss in losses.values()), torch.zeros(()))
+    out = {name: torch.stack([losses.get(name, zero) for losses in record]).tolist() for name in names}
+    for name, values in out.items():
         bad = [step for step, value in enumerate(values, 1) if not math.isfinite(value)]
         if bad:
             raise PerdureError(
                 f"Training on {task} diverged: the loss '{name}' is not a number from step {bad[0]} on. "
                 "Tasks that were finished are kept. Start a new run with a smaller lr, a longer warmup or clip_grad=1."
             )
+    return out
 
 
 def accumulator(parameters: Mapping[str, nn.Parameter], losses: dict[str, Tensor]) -> Backward:
