@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,27 @@ def stream() -> Stream:
     return mini.multi_domain("I").shortened(tasks=3, images=48)
 
 
+@pytest.fixture(scope="session")
+def runs_made() -> dict[str, tuple[dict[str, Any], Path]]:
+    """Short runs by what was asked for: the same bits need not be computed for every test."""
+    return {}
+
+
 @pytest.fixture
-def short_run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """``short_run("finetune", lr=…)`` → metrics of three short tasks; the folder is ``metrics["folder"]``."""
+def short_run(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, runs_made: dict[str, tuple[dict[str, Any], Path]]
+) -> Callable[..., dict[str, Any]]:
+    """``short_run("finetune", lr=…)`` → metrics of three short tasks; ``metrics["folder"]`` is a copy to spoil."""
 
     def run(method: str, stream: str = "mini-mtil", **values: Any) -> dict[str, Any]:
+        key = repr((method, stream, sorted(values.items())))
+        if key not in runs_made:
+            original = tmp_path_factory.mktemp("short") / method
+            runs_made[key] = perdure.run(method, stream, original, **{**SHORT, **values}), original
+        metrics, original = runs_made[key]
         folder = tmp_path / f"{method}-{len(list(tmp_path.iterdir()))}"
-        metrics = perdure.run(method, stream, folder, **{**SHORT, **values})
-        return {**metrics, "folder": folder}
+        shutil.copytree(original, folder)
+        return {**copy.deepcopy(metrics), "folder": folder}
 
     return run
 

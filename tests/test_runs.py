@@ -212,6 +212,15 @@ def test_a_changed_configuration_is_noticed(short_run: Run) -> None:
         perdure.resume(folder)
 
 
+def test_a_configuration_that_lacks_something_is_named(short_run: Run) -> None:
+    folder = short_run("finetune")["folder"]
+    config = json.loads((folder / "config.json").read_text())
+    del config["weights"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PerdureError, match="lacks weights"):
+        perdure.resume(folder)
+
+
 def test_several_seeds_are_one_run(tmp_path: Path) -> None:
     folder = tmp_path / "seeds"
     launch.begin("zero_shot", "mini-mtil", folder, seeds=2, assignments=SHORT)

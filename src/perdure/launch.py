@@ -148,6 +148,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise PerdureError(f"{folder} was written by another version of perdure (format {FORMAT} is read here).")
+    lacking = sorted(
+        {"method", "stream", "seed", "options", "settings", "split", "weights", "environment"} - set(config)
+    )
+    if lacking:
+        raise DamagedFile(f"{folder / 'config.json'} is damaged: it lacks {', '.join(lacking)}.")
     return config
 
 
