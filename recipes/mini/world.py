@@ -275,7 +275,7 @@ def licences(sources: dict[str, Any]) -> str:
         "",
         "## Icon sets (npm package @iconify/json 2.2.535)",
         "",
-        "| set | author | licence | role | drawings shipped | seen in pre-training |",
+        "| set | author | licence | role | drawings shipped | in the pre-training pool |",
         "|---|---|---|---|---|---|",
     ]
     for name, s in sets:

@@ -32,7 +32,7 @@ def console() -> Console:
     return screen if screen.is_terminal else Console(width=140)
 
 
-@app.command(context_settings={"ignore_unknown_options": False})
+@app.command()
 def run(
     assignments: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options; see 'perdure methods NAME'.")
@@ -70,7 +70,6 @@ def run(
 @app.command()
 def resume(run: Annotated[Path, typer.Argument(help="Folder of the run.")]) -> None:
     """Go on with a run that was stopped, after its last good task."""
-
     from perdure import launch
     from perdure.core.state import write_json
 

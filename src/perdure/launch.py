@@ -199,9 +199,10 @@ def refusal(folder: Path, config: Mapping[str, Any]) -> str:
 def is_finished(folder: Path) -> bool:
     path = folder / "metrics.json"
     try:
-        return path.exists() and bool(read_json(path).get("finished"))
+        found = read_json(path) if path.exists() else None
     except DamagedFile:
         return False
+    return isinstance(found, dict) and bool(found.get("finished"))
 
 
 def begin(
@@ -316,7 +317,7 @@ def demo_goes_on(folder: Path) -> bool:
     try:
         config = read_config(folder)
         return not same_run(config, prepare(folder.name, "mini-mtil", 0, [], {})) and not is_finished(folder)
-    except (PerdureError, KeyError):
+    except PerdureError:
         return False
 
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from perdure.engine.run import Watcher
 
-BEST_IS_LOW = {"forgetting", "seconds", "peak_memory_mb"}
-
 
 def shade(value: float) -> str:
     """A colour for an accuracy, from dim red over yellow to green; the number itself stands beside it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile, PerdureError
@@ -60,11 +60,6 @@ def write_json(path: Path, value: Any) -> str:
 def as_json(value: Any) -> bytes:
     """``value`` as the JSON that ``write_json`` writes."""
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors as safetensors, atomically. Returns the sha256."""
-    return write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}))
 
 
 def read_json(path: Path) -> Any:

@@ -21,18 +21,6 @@ def check_alike(a: Weights, b: Weights) -> None:
             raise PerdureError(f"The weights differ: '{name}' has the shapes {shapes}.")
 
 
-def subtract(a: Weights, b: Weights) -> dict[str, Tensor]:
-    """a - b, tensor by tensor."""
-    check_alike(a, b)
-    return {name: a[name] - b[name] for name in a}
-
-
-def add(a: Weights, b: Weights) -> dict[str, Tensor]:
-    """a + b, tensor by tensor."""
-    check_alike(a, b)
-    return {name: a[name] + b[name] for name in a}
-
-
 def interpolate(a: Weights, b: Weights, share: float) -> dict[str, Tensor]:
     """(1 - share)·a + share·b, tensor by tensor."""
     check_alike(a, b)
