@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fast lint bench world clean
+.PHONY: demo test fast lint bench study world clean
 
 demo: $(VENV)/.ready
 	$(BIN)/perdure demo
@@ -21,6 +21,10 @@ lint: $(VENV)/.ready-dev
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python bench/train_loop.py
+	$(BIN)/python bench/gift_step.py
+
+study: $(VENV)/.ready-dev
+	$(BIN)/python studies/gift.py
 
 world: $(VENV)/.ready-dev
 	$(BIN)/python -m pip install -q -r recipes/mini/requirements.txt

@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from perdure.benchmarks import mini
+from perdure.core.precision import precision_of
 from perdure.core.seeding import reseed
 from perdure.data.task import Task
 from perdure.data.transforms import random_resized_crop
 from perdure.methods.finetune import FineTune
 from perdure.models.clip import CLIP
-from perdure.training.fit import fit, precision_of
+from perdure.training.fit import fit
 from perdure.view import Screen
 
 BATCH = 64

@@ -13,14 +13,14 @@ from perdure.data.transforms import random_resized_crop
 from perdure.methods.base import Method, Recipe
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification
-from perdure.training.fit import Backward, Schedule, accumulator, fit
+from perdure.training.fit import Accumulator, Backward, Schedule, fit
 
 
 def test_backward_returns_its_own_gradients_and_accumulates() -> None:
     w = nn.Parameter(torch.tensor([2.0, 3.0]))
     unused = nn.Parameter(torch.zeros(1))
     losses: dict[str, Tensor] = {}
-    backward = accumulator({"w": w, "unused": unused}, losses)
+    backward = Accumulator({"w": w, "unused": unused}, losses)
     first = backward(square=(w**2).sum(), double=(2 * w).sum())
     kept = first["w"].clone()  # type: ignore[union-attr]
     second = backward(cube=(w**3).sum())

@@ -57,7 +57,16 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["finetune", "finetune_lora", "wise_ft", "individual adapt=lora"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "finetune",
+        "finetune_lora",
+        "wise_ft",
+        "individual adapt=lora",
+        "gift synthetic=12 sampling_steps=2 sampling_batch=4",
+    ],
+)
 def test_killed_at_random_moments_ends_with_the_same_bits(method: str, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     name, *more = method.split()

@@ -1,7 +1,7 @@
 """Make the small world from nothing: ``python recipes/mini [--work DIR] [--assets DIR]``.
 
-Sources are fetched, drawings rendered, streams built, the CLIP pre-trained. Each part is skipped where its result
-lies in the work folder already, and pre-training goes on from its checkpoints.
+Sources are fetched, drawings rendered, streams built, the CLIP pre-trained, the generator trained. Each part is skipped
+where its result lies in the work folder already, and training goes on from its checkpoints.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import drawings
+import generator
 import pretrain
 import sources
 import world
@@ -32,6 +33,7 @@ def main() -> None:
     if not (options.work / "pretrain.npz").exists():
         world.main(package, fonts, options.work, options.assets)
     pretrain.main(options.work, options.assets)
+    generator.main(options.work, options.assets)
 
 
 if __name__ == "__main__":

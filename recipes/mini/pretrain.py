@@ -37,7 +37,7 @@ TEMPLATES = ["{}"] * 5 + [
     "a {}", "the {}", "an icon of {}", "an icon of a {}", "a {} icon", "a small icon of {}", "a drawing of {}",
     "a drawing of a {}", "a picture of {}", "a picture of a {}", "a weather icon of {}", "an icon of the {}",
 ]  # fmt: skip
-STEPS = {"table": 3600, "text": 500, "contrast": 2200, "distil": 4800}
+STEPS = {"table": 3600, "text": 500, "contrast": 2200, "distil": 4800, "generator": 5900}
 
 
 def tokenizer(captions: list[str], path: Path) -> Tokenizer:
@@ -128,8 +128,11 @@ def place(layers: Tensor, turn: float, shift: float, scale: tuple[float, float])
     return F.grid_sample(layers, grid, align_corners=False)
 
 
-def augment(rgba: Tensor, palette: Tensor, colour: float) -> Tensor:
-    """(B, 32, 32, 4) uint8 → (B, 3, 32, 32) in [-1, 1]; a share ``colour`` takes random colours, the rest black on white."""
+def paint(rgba: Tensor, palette: Tensor, colour: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Colours for (B, 32, 32, 4) uint8 drawings: a share ``colour`` takes random ones, the rest black on white.
+
+    Returns the premultiplied drawing with its alpha (B, 4, 32, 32), the paper (B, 3, 1, 1), and which are plain (B,).
+    """
     n = len(rgba)
     own = palette.view(-1, 1, 1, 1)
     x = rgba.permute(0, 3, 1, 2).float() / 255
@@ -146,7 +149,13 @@ def augment(rgba: Tensor, palette: Tensor, colour: float) -> Tensor:
     plain = torch.rand(n) >= colour
     ink[plain], paper[plain] = 0.0, 1.0
     drawn = torch.where(own, x[:, :3], ink.expand(-1, -1, 32, 32))
-    layers = torch.cat([drawn * x[:, 3:], x[:, 3:]], 1)
+    return torch.cat([drawn * x[:, 3:], x[:, 3:]], 1), paper, plain
+
+
+def augment(rgba: Tensor, palette: Tensor, colour: float) -> Tensor:
+    """(B, 32, 32, 4) uint8 → (B, 3, 32, 32) in [-1, 1], coloured, placed at random, half of them a little noisy."""
+    n = len(rgba)
+    layers, paper, plain = paint(rgba, palette, colour)
     wild = place(layers, 0.35, 0.25, (0.75, 1.15))
     if plain.any():
         wild[plain] = place(layers[plain], 0.2, 0.15, (0.85, 1.1))
@@ -336,12 +345,18 @@ def export(student: CLIPModel, tok: Tokenizer, scores: dict[str, float], folder:
     (folder / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
 
 
+def checkpoints(work: Path) -> Path:
+    """The folder of the checkpoints: other pairs, other checkpoints."""
+    pairs = hashlib.sha256((work / "pretrain.npz").read_bytes()).hexdigest()[:8]
+    folder = work / f"pretrain-{pairs}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def main(work: Path, assets: Path) -> None:
     torch.set_num_threads(2)
     pool = Pool(work / "pretrain.npz")
-    pairs = hashlib.sha256((work / "pretrain.npz").read_bytes()).hexdigest()[:8]
-    work = work / f"pretrain-{pairs}"  # other pairs, other checkpoints
-    work.mkdir(exist_ok=True)
+    work = checkpoints(work)
     tok = tokenizer(pool.all_captions, work / "tokenizer.json")
     judge = Judge(assets, tok)
     print(f"{len(pool.captions):,} pairs, {len(pool.names):,} captions, {tok.get_vocab_size()} tokens", flush=True)

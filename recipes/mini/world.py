@@ -269,8 +269,9 @@ def licences(sources: dict[str, Any]) -> str:
     lines = [
         "# Sources and licences of the small world",
         "",
-        "The drawings were rendered to 32x32 pixels; those of one colour were given random colours. The CLIP in `clip/` was",
-        "trained on drawings of the sets marked *pretrain*. Perdure's authors claim no right in the drawings: each stays",
+        "The drawings were rendered to 32x32 pixels; those of one colour were given random colours. The CLIP in `clip/`",
+        "and the text-to-image model in `generator/` were trained on drawings of the sets marked *pretrain*. Perdure's",
+        "authors claim no right in the drawings: each stays",
         "under its own licence, with thanks to its authors.",
         "",
         "## Icon sets (npm package @iconify/json 2.2.535)",

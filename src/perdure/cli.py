@@ -1,10 +1,11 @@
-"""The command line: ``perdure run``, ``resume``, ``methods``, ``streams``, ``report``, ``export``, ``demo``."""
+"""The command line: ``perdure run``, ``resume``, ``generate``, ``methods``, ``streams``, ``report``, ``export``, ``demo``."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -132,6 +133,54 @@ def streams() -> None:
 
 
 @app.command()
+def generate(
+    out: Annotated[Path, typer.Argument(help="Folder for the pairs; a run takes them with pairs=FOLDER.")],
+    assignments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="synthetic, generator, vocabulary, sampling_steps, guidance, …"),
+    ] = None,
+    stream: Annotated[str, typer.Option(help="The stream whose tasks they are for; see 'perdure streams'.")] = "",
+    seed: Annotated[int, typer.Option(min=0, help="The (first) seed of the runs they are for.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="For how many seeds.")] = 1,
+) -> None:
+    """Draw synthetic image-text pairs ahead of the runs that replay them; stopped, it goes on where it was."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from perdure import launch
+
+    if not stream:
+        raise PerdureError("--stream missing. See: perdure streams.")
+    if "=" in out.name:
+        raise PerdureError(
+            f"'{out}' should be the folder for the pairs: perdure generate FOLDER --stream NAME KEY=VALUE"
+        )
+    screen, start, new = console(), time.monotonic(), [0]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=screen) as bar:
+        shown = bar.add_task("loading", total=None, rate="")
+
+        def drawn(task: str, done: int, total: int, count: int) -> None:
+            new[0] += count
+            rate = f"{new[0] / (time.monotonic() - start):.1f} images/s"
+            bar.update(shown, description=task, total=total, completed=done, rate=rate)
+
+        try:
+            launch.generate(
+                stream,
+                out,
+                seeds=range(seed, seed + seeds),
+                assignments=assignments or [],
+                drawn=drawn,
+                warn=screen.print,
+            )
+        except KeyboardInterrupt:
+            screen.print(f"\nStopped. The {new[0]} images drawn are kept; the same command goes on.", highlight=False)
+            raise typer.Exit(130) from None
+    said = f"{new[0]} images drawn in {time.monotonic() - start:.0f} s. They lie in {out}; a run takes them with pairs={out}"
+    screen.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or metrics.json files.")],
     out: Annotated[Path | None, typer.Option(help="The HTML file; the PNG lies beside it.")] = None,
@@ -245,7 +294,9 @@ def plainly() -> Iterator[None]:
         where = f": {error.filename}" if error.filename else ""
         message = f"{error.strerror or error}{where}."
         if full:
-            message += " Every task that was finished is kept. Make room, then go on with: perdure resume RUN"
+            message += (
+                " What was finished is kept. Make room, then go on: perdure resume RUN, or the same perdure generate."
+            )
     else:
         return
     print(f"Error: {message}", file=sys.stderr)

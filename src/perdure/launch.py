@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from perdure.benchmarks import STREAMS
@@ -19,7 +21,7 @@ from perdure.core.errors import DamagedFile, PerdureError, unknown
 from perdure.core.registry import Entry
 from perdure.core.seeding import reseed
 from perdure.core.state import only_one, read_json, write_json
-from perdure.data.task import Stream
+from perdure.data.task import Stream, silent
 from perdure.engine.checkpoint import folder_names, read_task
 from perdure.engine.run import FORMAT, Settings, Watcher, environment
 from perdure.engine.run import run as engine_run
@@ -28,6 +30,7 @@ from perdure.methods.base import METHODS, Method, Row
 from perdure.methods.compose import Compose
 from perdure.models.clip import CLIP
 from perdure.ops.metrics import interval
+from perdure.synthesis.replay import Replay, Synthesis
 
 PRESETS = files("perdure") / "presets"
 
@@ -125,7 +128,7 @@ def prepare(*what: Any) -> dict[str, Any]:
     settings = config["settings"]
     clip = CLIP.load(data.model if settings["model"] == "stream" else settings["model"], settings["device"])
     fingerprint = clip.fingerprint()
-    build(config["method"], config["options"]).bind(clip)
+    build(config["method"], config["options"]).bind(clip, data.surroundings(config["seed"]))
     return {**config, "weights": fingerprint}
 
 
@@ -299,6 +302,38 @@ def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def generate(
+    stream: str, out: Path, *, seeds: Iterable[int] = (0,), assignments: Iterable[str] = (),
+    drawn: Callable[[str, int, int, int], None] = silent, warn: Callable[[str], None] = silent,
+) -> int:  # fmt: skip
+    """Draw the synthetic pairs that runs of ``stream`` will ask for, into ``out``; return how many were drawn now.
+
+    What lies there already is kept. ``drawn(task, done, total, new)`` hears how it goes. A run takes them with ``pairs=out``.
+    """
+    known = {
+        **options(Synthesis),
+        **{k: o for k, o in options(Settings).items() if k in ("device", "tasks", "threads")},
+    }
+    del known["pairs"]
+    given, complaints = pairs(assignments)
+    data = STREAMS[stream].value()
+    suits = {key: value for key, value in data.defaults.get("all", {}).items() if key in known}
+    values = resolve(known, suits, given, complaints=complaints)
+    settings = Settings(**{k: values.pop(k) for k in ("device", "tasks", "threads")}).settled(data)
+    torch.set_num_threads(settings.threads)
+    total = 0
+    for seed in seeds:
+        learned: list[str] = []
+        for task in data.shortened(settings.tasks, 0).tasks:
+            around = data.surroundings(seed, None, partial(drawn, task.name), warn)
+            replay = Replay(Synthesis(**values, pairs=str(out)), around, 0, settings.device)
+            if replay.collected:
+                raise PerdureError(f"{out} holds collected pairs; nothing is to be drawn there. Choose another folder.")
+            total += replay.draw(replay.store(), replay.wanted(task.name, learned))
+            learned += task.prompts()
+    return total
+
+
 DEMO = ("zero_shot", "finetune", "individual")
 
 
@@ -337,7 +372,7 @@ def export(folder: Path, out: Path, task: int | None = None) -> str:
     source = config["settings"]["model"]
     clip = CLIP.load(data.model if source == "stream" else source)
     reseed(config["seed"], "bind")
-    method.bind(clip)
+    method.bind(clip, data.surroundings(config["seed"]))
     saved = read_task(folders[-1 if task is None else task], tensors=True)
     saved.restore(method)
     clip.save(out)

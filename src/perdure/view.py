@@ -92,6 +92,9 @@ class Screen(Watcher):
             note = " ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
             self.bar.update(self.current, total=total, completed=step, note=f"loss: {note}")
 
+    def draws(self, done: int, total: int, new: int) -> None:
+        self.bar.update(self.current, total=total, completed=done, note="synthetic images")
+
     def evaluates(self) -> None:
         self.bar.update(self.current, note="evaluating")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,12 +74,39 @@ class Probe:
     test: Images
 
 
+OnDraw = Callable[[int, int, int], None]
+
+
+def silent(*heard: object) -> None:
+    """Hears and says nothing."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run offers its method beside the tasks.
+
+    ``folder`` is where it may keep what can be made again (None: nowhere); ``stream``, ``generator`` and ``vocabulary`` are
+    the stream's; ``drawn(done, total, new)`` hears how the drawing of images goes, ``warn(text)`` what
+    someone should know.
+    """
+
+    seed: int = 0
+    folder: Path | None = None
+    stream: str = ""
+    generator: str = ""
+    vocabulary: tuple[Class, ...] = ()
+    drawn: OnDraw = silent
+    warn: Callable[[str], None] = silent
+
+
 @dataclass(frozen=True)
 class Stream:
     """Tasks in the order in which they are learned.
 
     ``labels`` and ``task_id`` are the protocol that the stream is usually evaluated under; ``model`` the CLIP that it was
     made for; ``defaults`` the option values that suit it; ``digest`` identifies the split; ``notes`` the data's licences.
+    ``generator`` is the text-to-image model of its world and ``vocabulary`` what that model can be asked to draw, for
+    methods that replay synthetic images; empty: there is none.
     """
 
     name: str
@@ -90,6 +118,14 @@ class Stream:
     task_id: str = "known"
     defaults: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    generator: str = ""
+    vocabulary: tuple[Class, ...] = ()
+
+    def surroundings(
+        self, seed: int = 0, folder: Path | None = None, drawn: OnDraw = silent, warn: Callable[[str], None] = silent
+    ) -> Surroundings:
+        """What a run of this stream offers its method."""
+        return Surroundings(seed, folder, self.name, self.generator, self.vocabulary, drawn, warn)
 
     def shortened(self, tasks: int, images: int) -> Stream:
         """The first ``tasks`` tasks with at most ``images`` images a side, for a quick look; 0: all. Another split."""

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
+from perdure.core.precision import precision_of
 from perdure.core.seeding import reseed
 from perdure.core.state import as_json, digest, only_one, write_json
 from perdure.data.task import Stream, Task
@@ -26,7 +27,7 @@ from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.evaluate import Protocol, evaluate, per_cent, summarise
 from perdure.methods.base import Method
 from perdure.models.clip import CLIP
-from perdure.training.fit import fit, precision_of
+from perdure.training.fit import fit
 
 FORMAT = 1
 THREADS = torch.get_num_threads()  # before any run changes it
@@ -82,6 +83,9 @@ class Watcher:
     def learns(self, task: str, number: int) -> None:
         """Task ``number`` (1 … T) is being learned; 0: the model is looked at before any."""
 
+    def draws(self, done: int, total: int, new: int) -> None:
+        """Of ``total`` synthetic images for the task ``done`` are there, ``new`` of them since the last call."""
+
     def step(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
         """A training step is done."""
 
@@ -98,7 +102,7 @@ class Watcher:
 
 def environment(settings: Settings) -> dict[str, Any]:
     """Versions and machine: what may change a result's bits."""
-    packages = ("torch", "transformers", "peft", "safetensors", "numpy", "perdure")
+    packages = ("torch", "transformers", "diffusers", "peft", "safetensors", "numpy", "perdure")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -141,7 +145,7 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
         if clip.fingerprint() != config["weights"]:
             raise PerdureError(f"{clip.path} is not the CLIP that {folder} began with. Start a new run.")
         reseed(seed, "bind")
-        method.bind(clip)
+        method.bind(clip, stream.surroundings(seed, folder, watcher.draws, watcher.warn))
         done = good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
         for saved in done:
             if saved.record["config"] != identity(config):

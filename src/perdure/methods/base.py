@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from perdure.core.registry import Registry
 from perdure.core.state import pack, unpack
 from perdure.core.weights import Weights
-from perdure.data.task import Batch, Query, Task
+from perdure.data.task import Batch, Query, Surroundings, Task
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification
 from perdure.training.fit import Backward, Schedule
@@ -87,8 +87,8 @@ class Method:
         self.config = config if config is not None else self.Config(**values)
         self.state = self.State()
 
-    def bind(self, clip: CLIP) -> None:
-        """Take the model, and decide which of its weights may learn."""
+    def bind(self, clip: CLIP, around: Surroundings | None = None) -> None:
+        """Take the model and what the run offers besides, and decide which weights may learn."""
         self.clip = clip
         c = self.config
         if c.adapt == "lora":

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from perdure.data.task import Batch, Query, Task
+from perdure.data.task import Batch, Query, Surroundings, Task
 from perdure.methods.base import Expert, Method
 from perdure.models.clip import CLIP
 from perdure.training.fit import Backward, Schedule
@@ -26,9 +26,9 @@ class Compose(Method):
         self.learns = any(part.learns for part in self.parts.values())  # type: ignore[misc]
         self.carries_weights = self.fuser.carries_weights  # type: ignore[misc]
 
-    def bind(self, clip: CLIP) -> None:
+    def bind(self, clip: CLIP, around: Surroundings | None = None) -> None:
         self.clip = clip
-        self.learn.bind(clip)  # the learner alone decides what may learn
+        self.learn.bind(clip, around)  # the learner alone decides what may learn
         self.fuser.clip = self.answerer.clip = clip
 
     def begin_task(self, task: Task) -> None:

@@ -80,6 +80,11 @@ class CLIP(nn.Module):
         """The factor between cosine similarities and logits, exp(logit_scale)."""
         return self.backbone.logit_scale.exp()
 
+    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
+        """s·I·Tᵀ in fp32, of unit embeddings (B, D) and (C, D)."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.scale * images @ texts.T
+
     def pixels(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8, or float in 0 … 1 → the vision tower's input, resized and normalised."""
         x = images.to(self.device)

@@ -19,3 +19,32 @@ def classification(logits: Tensor, labels: Tensor, smoothing: float = 0.0, group
     hit = -log_p.gather(1, labels[:, None]).squeeze(1)
     spread = -log_p.masked_fill(~rivals, 0).sum(1) / rivals.sum(1)
     return ((1 - smoothing) * hit + smoothing * spread).mean()
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float, form: str = "contrastive") -> Tensor:
+    """Distil the rows of logits (B, B'): τ²·CE(softmax(teacher/τ), student/τ), the mean over rows (GIFT).
+
+    ``form``: ``contrastive`` as above; ``kl`` for KL(teacher‖student), which differs by the teacher's entropy, a constant;
+    ``reverse_kl`` for KL(student‖teacher), which the release computes under that name. Gradients reach ``student`` alone.
+    """
+    log_s, log_t = (student / temperature).log_softmax(1), (teacher.detach() / temperature).log_softmax(1)
+    if form == "contrastive":
+        per_row = -(log_t.exp() * log_s).sum(1)
+    elif form == "kl":
+        per_row = (log_t.exp() * (log_t - log_s)).sum(1)
+    elif form == "reverse_kl":
+        per_row = (log_s.exp() * (log_s - log_t)).sum(1)
+    else:
+        raise ValueError(f"form: contrastive, kl or reverse_kl, not {form}")
+    return temperature**2 * per_row.mean()
+
+
+def alignment_targets(prompts: Tensor) -> Tensor:
+    """(B,) numbers of prompts → (B, B): 1 where two pairs share their prompt, rows made to sum to 1 (GIFT)."""
+    same = (prompts[:, None] == prompts[None]).float()
+    return same / same.sum(1, keepdim=True)
+
+
+def alignment(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross entropy of the rows of logits (B, B) against target rows that sum to 1, with label smoothing."""
+    return F.cross_entropy(logits, targets, label_smoothing=smoothing)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
-from perdure.data.task import Batch, Images, Task
+from perdure.data.task import Batch, Task
 from perdure.data.transforms import random_resized_crop
 
 Gradients = dict[str, Tensor | None]
@@ -23,14 +23,23 @@ OnStep = Callable[[int, int, Mapping[str, Tensor]], None]
 
 
 class Backward(Protocol):
-    """Back-propagates the sum of named losses, accumulates, and returns THIS call's gradients by parameter name."""
+    """What a step calls with its losses; gradients of several calls accumulate."""
 
-    def __call__(self, **losses: Tensor) -> Gradients: ...
+    def __call__(self, **losses: Tensor) -> Gradients:
+        """Back-propagate the sum of named losses; return THIS call's gradients by parameter name.
+
+        A loss without a graph is recorded, no more.
+        """
+        ...
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add a gradient that is known in closed form to what the parameter ``name`` has."""
+        ...
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: linear warm-up to ``lr``, then a cosine to 0 at ``steps`` (GIFT's and ZSCL's recipe)."""
+    """How long and how fast: linear warm-up to ``lr``, then a cosine to 0 at ``horizon`` (GIFT's and ZSCL's recipe)."""
 
     steps: int
     lr: float
@@ -39,12 +48,14 @@ class Schedule:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = None
+    horizon: int | None = None  # the step at which the rate is 0; None: ``steps``, so that no step is taken at 0
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0 … steps - 1."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+        length = (self.steps if self.horizon is None else self.horizon) - self.warmup
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, length)))
 
 
 class Learner(Protocol):
@@ -57,20 +68,10 @@ class Learner(Protocol):
     def step(self, batch: Batch, backward: Backward) -> None: ...
 
 
-def precision_of(wanted: str, device: str) -> str:
-    """``auto`` → ``bf16`` where the device multiplies it natively, else ``fp32``."""
-    if wanted != "auto":
-        return wanted
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if supported() else "fp32"
-
-
-def batches(images: Images, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Index batches without end; every epoch a new order, a last short batch kept."""
     while True:
-        yield from torch.randperm(len(images), generator=generator).split(size)
+        yield from torch.randperm(count, generator=generator).split(size)
 
 
 def fit(
@@ -92,14 +93,14 @@ def fit(
         return {}
     trained = list(parameters.values())
     optimizer = torch.optim.AdamW(trained, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
-    draws = batches(task.train, plan.batch_size, generator)
+    draws = batches(len(task.train), plan.batch_size, generator)
     record: list[dict[str, Tensor]] = []
     for step in range(plan.steps):
         index = next(draws)
         crops = random_resized_crop(task.train.pixels[index].float() / 255, image_size, generator)
         batch = Batch(crops.to(device), task.train.labels[index].to(device))
         losses: dict[str, Tensor] = {}
-        backward = accumulator(parameters, losses)
+        backward = Accumulator(parameters, losses)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             learner.step(batch, backward)
         for group in optimizer.param_groups:
@@ -129,16 +130,24 @@ def course(record: Sequence[Mapping[str, Tensor]], task: str) -> dict[str, list[
     return out
 
 
-def accumulator(parameters: Mapping[str, nn.Parameter], losses: dict[str, Tensor]) -> Backward:
+class Accumulator:
     """The ``backward`` of one step; writes each loss into ``losses``."""
 
-    def backward(**named: Tensor) -> Gradients:
-        total = torch.stack([loss.float() for loss in named.values()]).sum()
-        losses.update({name: loss.detach().float() for name, loss in named.items()})
-        found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-        for parameter, gradient in zip(parameters.values(), found, strict=True):
-            if gradient is not None:  # a new tensor each time: what was returned before stays as it was
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        return dict(zip(parameters, found, strict=True))
+    def __init__(self, parameters: Mapping[str, nn.Parameter], losses: dict[str, Tensor]):
+        self.parameters, self.losses = parameters, losses
 
-    return backward
+    def __call__(self, **losses: Tensor) -> Gradients:
+        self.losses.update({name: loss.detach().float() for name, loss in losses.items()})
+        rooted = [loss.float() for loss in losses.values() if loss.requires_grad]
+        if not rooted:
+            return dict.fromkeys(self.parameters)
+        found = torch.autograd.grad(torch.stack(rooted).sum(), list(self.parameters.values()), allow_unused=True)
+        gradients: Gradients = dict(zip(self.parameters, found, strict=True))
+        for name, gradient in gradients.items():
+            if gradient is not None:
+                self.add(name, gradient)
+        return gradients
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        parameter = self.parameters[name]  # a new tensor each time: what was returned before stays as it was
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

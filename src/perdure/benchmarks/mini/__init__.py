@@ -23,7 +23,7 @@ from perdure.core.state import read_bytes, read_json
 from perdure.data.task import Class, Images, Probe, Stream, Task
 
 ASSETS = Path(__file__).parent / "assets"
-MODEL = ASSETS / "clip"
+MODEL, GENERATOR = ASSETS / "clip", ASSETS / "generator"
 SIDE, PER_ROW = 32, 32
 
 
@@ -95,19 +95,30 @@ def subset(images: Images, numbers: list[int]) -> Images:
 
 
 @cache
-def check_model() -> None:
-    """Refuse a CLIP whose files are not those that the recipe wrote."""
-    for name, sha256 in manifest("clip/checksums").items():
-        read_bytes(MODEL / name, sha256)
+def vocabulary() -> tuple[Class, ...]:
+    """What the generator was taught beyond the streams' classes: the captions that pre-training saw most often."""
+    about = manifest("vocabulary")
+    return tuple(Class(name, (about["template"],)) for name in about["names"])
+
+
+@cache
+def check_models() -> None:
+    """Refuse a CLIP or a generator whose files are not those that the recipe wrote."""
+    for folder in (MODEL, GENERATOR):
+        for name, sha256 in manifest(f"{folder.name}/checksums").items():
+            read_bytes(folder / name, sha256)
 
 
 def stream(name: str, tasks: tuple[Task, ...], source: str, labels: str, task_id: str) -> Stream:
     """A stream over ``tasks``, identified by the manifests' content."""
-    check_model()
+    check_models()
     files = [ASSETS / f"{part}.json" for part in (source, "probe", "clip/checksums")]
     identity = hashlib.sha256(name.encode() + b"".join(f.read_bytes() for f in files)).hexdigest()
     defaults = yaml.safe_load((Path(__file__).parent / "preset.yaml").read_text(encoding="utf-8"))
-    return Stream(name, tasks, probe(), str(MODEL), identity, labels, task_id, defaults, notes())
+    return Stream(
+        name, tasks, probe(), str(MODEL), identity, labels, task_id, defaults, notes(),
+        generator=str(GENERATOR), vocabulary=vocabulary(),
+    )  # fmt: skip
 
 
 @cache

@@ -1,0 +1,136 @@
+"""The synthetic pairs of a run: for each task the ones it asks for, drawn where they are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import AfterValidator, Field
+
+from perdure.core.errors import PerdureError
+from perdure.core.seeding import derive
+from perdure.core.state import only_one, read_json
+from perdure.data.task import Surroundings
+from perdure.synthesis.generator import Generator
+from perdure.synthesis.prompts import Request, requests, vocabulary
+from perdure.synthesis.store import COLLECTED, Pairs, Store, seal
+
+
+def absolute(path: str) -> str:
+    """``path`` so that it means the same in another working directory; names of what is no file stay."""
+    named = not path or path in ("stream", "imagenet")
+    return path if named or not Path(path).exists() else str(Path(path).resolve())
+
+
+Local = AfterValidator(absolute)
+Folder = AfterValidator(lambda path: str(Path(path).resolve()) if path else path)
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """What is drawn, with what, and where it is kept. The defaults are GIFT's: Stable Diffusion v1.5, 50 steps."""
+
+    synthetic: Annotated[int, Field(ge=1, le=10**7, description="synthetic image-text pairs a task")] = 1000
+    generator: Annotated[
+        str,
+        Local,
+        Field(description="text-to-image model: folder or Hub id that diffusers loads; stream: the stream's own"),
+    ] = "stream"
+    vocabulary: Annotated[
+        str,
+        Local,
+        Field(description="prompts beside those of learned tasks: stream | imagenet | a text file, a prompt a line"),
+    ] = "stream"
+    sampling_steps: Annotated[int, Field(ge=1, le=1000, description="denoising steps; below 50: DPM-Solver++")] = 50
+    guidance: Annotated[float, Field(ge=0, description="classifier-free guidance scale")] = 7.5
+    sampling_batch: Annotated[int, Field(ge=1, le=10**4, description="images drawn at once")] = 8
+    pairs: Annotated[str, Folder, Field(description="folder of the pairs; empty: 'pairs' in the run's folder")] = ""
+
+
+class Replay:
+    """Draws, keeps and reads a run's pairs; bound to its seed, folder and stream."""
+
+    def __init__(self, config: Synthesis, around: Surroundings, size: int, device: str):
+        self.config, self.around, self.size = config, around, size
+        own = around.folder / "pairs" if around.folder is not None else None
+        self.folder = Path(config.pairs) if config.pairs else own
+        self.collected = self.folder is not None and is_collected(self.folder)
+        if self.collected:
+            return
+        path = around.generator if config.generator == "stream" else config.generator
+        c = config
+        self.generator = Generator(path, c.sampling_steps, c.guidance, c.sampling_batch, device)
+        self.vocabulary = vocabulary(c.vocabulary, around.vocabulary)
+        if self.folder is not None:
+            self.store()  # refuses a folder that was made for something else before anything is trained
+
+    def store(self) -> Store:
+        """The store as it lies on disk now."""
+        assert self.folder is not None
+        return Store(self.folder, {"kind": COLLECTED} if self.collected else self.made_for(), self.around.warn)
+
+    def made_for(self) -> dict[str, object]:
+        """What must agree for a kept image to be the one that is wanted."""
+        c = self.config
+        template = f"{self.vocabulary[0]} … ({len(self.vocabulary)} prompts, {seal(self.vocabulary)})"
+        return {
+            "stream": self.around.stream, "vocabulary": template, "generator": self.generator.identity,
+            "sampling_steps": c.sampling_steps, "guidance": c.guidance,
+        }  # fmt: skip
+
+    def pairs(self, task: str, learned: Sequence[str]) -> Pairs:
+        """The pairs for learning ``task``; ``learned``: the prompts of the tasks before it."""
+        store = self.store()
+        if self.collected:
+            return store.read(self.some(store, task), self.size)
+        wanted = self.wanted(task, learned)
+        self.draw(store, wanted)
+        return store.read(wanted, self.size)
+
+    def wanted(self, task: str, learned: Sequence[str]) -> list[Request]:
+        """What is to be drawn for learning ``task``."""
+        return requests([*self.vocabulary, *learned], self.config.synthetic, self.around.seed, task)
+
+    def some(self, store: Store, task: str) -> list[Request]:
+        """As many of the collected pairs as are asked for, chosen without replacement."""
+        rng = np.random.default_rng(derive(self.around.seed, task, "collected"))
+        all_of_them = list(store.entries)
+        return [all_of_them[k] for k in rng.permutation(len(all_of_them))[: self.config.synthetic]]
+
+    def draw(self, store: Store, wanted: Sequence[Request]) -> int:
+        """Draw what the store lacks or what is damaged; return how many images that was."""
+        damaged = store.damaged(wanted)
+        for entry in damaged:
+            store.warn(
+                f"{store.folder / str(entry.file)} is damaged ('{entry.prompt}'); it is drawn again from its seed."
+            )
+        todo = [e.request for e in damaged] + store.missing(wanted)
+        if not todo:
+            return 0
+        size, done = self.generator.batch_size, len(wanted) - len(todo)
+        self.generator.check_prompts([r.prompt for r in todo])
+        store.folder.mkdir(parents=True, exist_ok=True)
+        with only_one(store.folder):
+            store.open()
+            for first in range(0, len(todo), size):
+                asked = todo[first : first + size]
+                store.add(list(self.generator.draw(asked)))
+                self.around.drawn(done + first + len(asked), len(wanted), len(asked))
+        black = store.black(wanted)
+        if black:
+            store.warn(f"{black} of {len(wanted)} images came back black and are left out.")
+        return len(todo)
+
+
+def is_collected(folder: Path) -> bool:
+    """Whether a folder holds pairs that were collected, not drawn."""
+    about = folder / "store.json"
+    if not about.exists():
+        return False
+    kept = read_json(about)
+    if not isinstance(kept, dict):
+        raise PerdureError(f"{about} is damaged: it should hold one object.")
+    return kept.get("kind") == COLLECTED
