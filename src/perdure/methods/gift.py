@@ -89,7 +89,8 @@ class GIFT(Method):
                 f"consolidation={c.consolidation} weighs by the gradient of distillation and alignment, and both are off. "
                 "Set consolidation=l2 or none, or turn one of them on."
             )
-        self.replay = Replay(c, self.around, clip.size, clip.device.type)
+        if self.replays:
+            self.replay = Replay(c, self.around, clip.size, clip.device.type)
 
     @property
     def replays(self) -> bool:
