@@ -121,7 +121,15 @@ def measure(kind: str, batch: int, classes: int, steps: int) -> dict[str, Any]:
     clip = vit_b_16()
     task, pairs = material(clip.size, batch, classes)
     rule = PlainGIFT if plain == "plain" else GIFT
-    method = rule(iterations=steps, warmup=0, lr=1e-5, batch_size=batch, synthetic_batch=batch, generator="none")
+    method = rule(
+        iterations=steps,
+        warmup=0,
+        lr=1e-5,
+        batch_size=batch,
+        synthetic_batch=batch,
+        generator="none",
+        vocabulary="imagenet",
+    )
     method.bind(clip)
     method.replay = Given(pairs)  # type: ignore[assignment]
     forget_peak_memory()
