@@ -61,8 +61,7 @@ class Generator:
                 )
 
     def draw(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Tensor]]:
-        """Each request with its image, (3, H, W) uint8, a batch at a time."""
-        self.check_prompts([r.prompt for r in requests])
+        """Each request with its image, (3, H, W) uint8, a batch at a time; see ``check_prompts``."""
         for first in range(0, len(requests), self.batch_size):
             asked = requests[first : first + self.batch_size]
             yield from zip(asked, self.batch(asked), strict=True)

@@ -111,7 +111,7 @@ class Replay:
         if not todo:
             return 0
         size, done = self.generator.batch_size, len(wanted) - len(todo)
-        self.generator.check_prompts([r.prompt for r in todo])
+        self.generator.check_prompts([r.prompt for r in todo])  # all of them, before any is drawn
         store.folder.mkdir(parents=True, exist_ok=True)
         with only_one(store.folder):
             store.open()
