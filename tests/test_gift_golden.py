@@ -1,17 +1,13 @@
 """GIFT against the numbers of the paper's own released code, on a tiny CLIP, through the method and ``fit``."""
 
-import json
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from cases import case, in_order, part, tiny_clip
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
 
 from perdure.data.task import Batch, Class, Images, Task
 from perdure.methods import gift
@@ -22,34 +18,10 @@ from perdure.synthesis.store import Pairs
 from perdure.training import fit as training
 from perdure.training.fit import Backward, fit
 
-GOLDEN = Path(__file__).parent / "golden"
 NAMES = {
     "ce": "task", "image_distill": "distil_image", "text_distill": "distil_text", "image_ita": "align_image",
     "text_ita": "align_text", "wc_loss": "consolidation",
 }  # fmt: skip
-
-
-def case(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    return json.loads((GOLDEN / f"{name}.json").read_text()), load_file(GOLDEN / f"{name}.safetensors")
-
-
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-class Tokenizer:
-    """Hands back the recorded token ids of recorded texts."""
-
-    def __init__(self, ids: dict[str, Tensor], end: int):
-        self.ids, self.eos_token_id = ids, end
-
-    def __call__(self, texts: list[str], **_: object) -> Any:
-        return type("Encoded", (), {"input_ids": torch.stack([self.ids[t] for t in texts])})
-
-
-def in_order(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    while True:
-        yield from torch.arange(count).split(size)
 
 
 class Trial:
@@ -60,10 +32,7 @@ class Trial:
         t, h = self.tensors, self.about["hyper_parameters"]
         ids = {f"class {k}": row for k, row in enumerate(t["class_tokens"])}
         ids |= {f"prompt {k}": row for k, row in enumerate(t["prompt_tokens"])}
-        backbone = CLIPModel(CLIPConfig(**self.about["hf_config"]))
-        backbone.load_state_dict(part(t, "start/"), strict=False)
-        tokenizer = Tokenizer(ids, self.about["hf_config"]["text_config"]["eos_token_id"])
-        self.clip = CLIP(backbone.eval(), tokenizer, (0, 0, 0), (1, 1, 1), "tiny")
+        self.clip = tiny_clip(self.about, part(t, "start/"), ids)
         monkeypatch.setattr(training, "batches", in_order)
         monkeypatch.setattr(gift, "batches", in_order)
         monkeypatch.setattr(training, "random_resized_crop", lambda images, size, generator: images * 255)

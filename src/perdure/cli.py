@@ -194,14 +194,16 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")],
     task: Annotated[
-        int | None, typer.Option(min=0, help="After which task (0: before any); default: the last.")
+        int | None,
+        typer.Option(
+            min=0, help="After which task (0: before any; default: the last); or whose expert, where each has one."
+        ),
     ] = None,
 ) -> None:
     """Write the model of a run as a plain transformers checkpoint."""
     from perdure import launch
 
-    weights_after = launch.export(run, out, task)
-    said = f"The model after {weights_after} lies in {out}. Load it with CLIPModel.from_pretrained."
+    said = f"{launch.export(run, out, task)} lies in {out}. Load it with CLIPModel.from_pretrained."
     console().print(said, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -21,7 +21,7 @@ from perdure.core.errors import DamagedFile, PerdureError, unknown
 from perdure.core.registry import Entry
 from perdure.core.seeding import reseed
 from perdure.core.state import only_one, read_json, write_json
-from perdure.data.task import Stream, silent
+from perdure.data.task import Query, Stream, silent
 from perdure.engine.checkpoint import folder_names, read_task
 from perdure.engine.run import FORMAT, Settings, Watcher, environment
 from perdure.engine.run import run as engine_run
@@ -108,7 +108,7 @@ def configure(
     for name in sorted(set(values.get("lr_by_task", {})) - set(tasks)):
         raise unknown("task", name, tasks)
     settings = Settings(**{key: values[key] for key in general}).settled(data)
-    data = data.shortened(settings.tasks, settings.images)
+    data = settings.cut(data, seed)
     config = {
         "format": FORMAT,
         "method": method,
@@ -262,7 +262,7 @@ def reopen(folder: Path) -> tuple[dict[str, Any], Stream, Method]:
     known = {key: option for key, (_, option) in method_options(method_entry(config["method"])).items()}
     config["options"] = resolve(known, config["options"])
     settings = Settings(**resolve(options(Settings), config["settings"]))
-    data = STREAMS[config["stream"]].value().shortened(settings.tasks, settings.images)
+    data = settings.cut(STREAMS[config["stream"]].value(), config["seed"])
     if data.digest != config["split"]:
         raise PerdureError(
             f"{folder} was run on another version of the stream {data.name} (its split differs). "
@@ -357,23 +357,34 @@ def demo_goes_on(folder: Path) -> bool:
 
 
 def export(folder: Path, out: Path, task: int | None = None) -> str:
-    """Write the weights of a run after ``task`` tasks (default: the last) as a ``transformers`` checkpoint.
+    """Write the weights of a run after ``task`` tasks (default: the last) as a ``transformers`` checkpoint; where the
+    method keeps an expert a task, that of task number ``task``, as it is after the last task learned.
 
-    Returns the name of that task. ``PerdureError`` where the method answers with several models.
+    Returns what was written, in words.
     """
     config, data, method = reopen(folder)
-    folders = [folder / name for name in folder_names([t.name for t in data.tasks]) if (folder / name).exists()]
+    names = [t.name for t in data.tasks]
+    folders = [folder / name for name in folder_names(names) if (folder / name).exists()]
     if not folders or (task is not None and task >= len(folders)):
         raise PerdureError(f"{folder} has {max(0, len(folders) - 1)} finished tasks.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PerdureError(f"{out} exists. Choose a new folder.")
-    if not method.carries_weights:
-        raise PerdureError(f"{config['method']} answers with an expert a task, not with one model.")
+    if not method.carries_weights and task is None:
+        known = ", ".join(f"{n} ({name})" for n, name in enumerate(names[: len(folders) - 1], 1))
+        raise PerdureError(f"{config['method']} keeps an expert a task. Say which with --task: {known or 0}.")
     source = config["settings"]["model"]
     clip = CLIP.load(data.model if source == "stream" else source)
     reseed(config["seed"], "bind")
     method.bind(clip, data.surroundings(config["seed"]))
-    saved = read_task(folders[-1 if task is None else task], tensors=True)
+    one_of_many = bool(task) and not method.carries_weights
+    saved = read_task(folders[-1 if task is None or one_of_many else task], tensors=True)
     saved.restore(method)
+    if not one_of_many:
+        clip.save(out)
+        return f"The model after {saved.record['task']}"
+    assert task is not None
+    (expert,) = method.experts(Query(data.tasks[task - 1].test.pixels[:0], (), task - 1))
+    assert expert.weights is not None
+    clip.become(expert.name, expert.weights)
     clip.save(out)
-    return str(saved.record["task"])
+    return f"The expert of {names[task - 1]}, after {saved.record['task']},"

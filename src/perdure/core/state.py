@@ -91,11 +91,15 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
         raise DamagedFile(f"{path} is damaged: {error}.") from None
 
 
+class Once(dict[str, Tensor]):
+    """Tensors that never change once they are made: a checkpoint writes them once, and names them again after that."""
+
+
 def pack(state: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """A ``State`` dataclass → (tensors by file, plain values).
 
-    Fields are plain values (JSON), ``dict[str, Tensor]`` (one file ``state``), or ``dict[str, dict[str, Tensor]]``:
-    one file an entry, written once, because what was learned for a task is kept as it was.
+    Fields are plain values (JSON), ``dict[str, Tensor]`` (one file ``state``), or ``dict[str, dict[str, Tensor]]``: one
+    file an entry, and where the entry is ``Once`` it is written once.
     """
     files: dict[str, dict[str, Tensor]] = {}
     values: dict[str, Any] = {}
@@ -107,7 +111,7 @@ def pack(state: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
             files.setdefault("state", {}).update({f"{field.name}/{k}": v for k, v in value.items()})
         else:
             files.update({f"{field.name}_{k}": v for k, v in value.items()})
-            values[field.name] = {"entries": sorted(value)}
+            values[field.name] = {"entries": sorted(value), "once": all(isinstance(v, Once) for v in value.values())}
     return files, values
 
 
@@ -118,8 +122,9 @@ def unpack(kind: type[S], files: Mapping[str, Mapping[str, Tensor]], values: Map
         field, _, key = name.partition("/")
         found.setdefault(field, {})[key] = tensor
     for field, value in values.items():
-        if isinstance(value, dict) and set(value) == {"entries"}:
-            found[field] = {key: dict(files[f"{field}_{key}"]) for key in value["entries"]}
+        if isinstance(value, dict) and "entries" in value:
+            kind_of = Once if value.get("once", True) else dict
+            found[field] = {key: kind_of(files[f"{field}_{key}"]) for key in value["entries"]}
     return kind(**found)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,30 @@ from torch import Tensor
 from perdure.core.errors import PerdureError
 
 Weights = Mapping[str, Tensor]
+QKV = re.compile(r"\.[qkv]_proj\.(weight|bias)$")
+
+
+class Computed(Mapping[str, Tensor]):
+    """Weights that are worked out tensor by tensor, when they are asked for: no second model in memory."""
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]):
+        self.names, self.compute = dict.fromkeys(names), compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def original(name: str) -> str:
+    """The tensor of the original CLIP that a parameter is part of: there, q, k and v of one attention are one tensor."""
+    return QKV.sub(r".qkv.\1", name)
 
 
 def check_alike(a: Weights, b: Weights) -> None:
@@ -28,6 +53,11 @@ def interpolate(a: Weights, b: Weights, share: float) -> dict[str, Tensor]:
     """(1 - share)·a + share·b, tensor by tensor."""
     check_alike(a, b)
     return {name: a[name].lerp(b[name], share) for name in a}
+
+
+def floating(weights: Weights) -> list[str]:
+    """The names of the floating-point tensors: what training can change."""
+    return [name for name, tensor in weights.items() if tensor.is_floating_point()]
 
 
 def inner(a: Weights, b: Weights) -> float:
@@ -59,7 +89,7 @@ def plane(origin: Weights, second: Weights, third: Weights) -> Plane:
     """The plane through three weight vectors that do not lie on one line. ``PerdureError`` where they do."""
     check_alike(origin, second)
     check_alike(origin, third)
-    names = [n for n in origin if origin[n].is_floating_point()]
+    names = floating(origin)
     a, b = ({n: w[n] - origin[n] for n in names} for w in (second, third))
     reach = math.sqrt(inner(a, a))
     u = {n: a[n] / max(reach, 1e-30) for n in names}

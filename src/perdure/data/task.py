@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perdure.core.errors import PerdureError
+from perdure.core.seeding import derive
+
 
 @dataclass(frozen=True)
 class Class:
@@ -31,6 +34,13 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def few(self, shots: int, generator: torch.Generator) -> Images:
+        """``shots`` images a class, drawn; all of a class that has fewer."""
+        order = torch.randperm(len(self), generator=generator)
+        picks = [order[self.labels[order] == k][:shots] for k in self.labels.unique().tolist()]
+        index = torch.cat(picks).sort().values
+        return Images(self.pixels[index], self.labels[index])
 
     def spread(self, most: int) -> Images:
         """At most ``most`` images, evenly spread over the order they lie in (by class, as a rule); 0: all."""
@@ -127,6 +137,19 @@ class Stream:
         """What a run of this stream offers its method."""
         return Surroundings(seed, folder, self.name, self.generator, self.vocabulary, drawn, warn)
 
+    def __post_init__(self) -> None:
+        names = [t.name for t in self.tasks]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise PerdureError(f"The stream {self.name} has two tasks of the name '{twice[0]}'. Give each its own.")
+
+    def few_shot(self, shots: int, seed: int) -> Stream:
+        """``shots`` training images a class, drawn by the seed; 0: all. Another split."""
+        if not shots:
+            return self
+        draws = {t.name: torch.Generator().manual_seed(derive(seed, t.name, "few-shot")) for t in self.tasks}
+        few = tuple(replace(t, train=t.train.few(shots, draws[t.name])) for t in self.tasks)
+        return replace(self, tasks=few, digest=f"{self.digest}/{shots} shots")
+
     def shortened(self, tasks: int, images: int) -> Stream:
         """The first ``tasks`` tasks with at most ``images`` images a side, for a quick look; 0: all. Another split."""
         if not tasks and not images:
@@ -156,13 +179,19 @@ class Stream:
 class Query:
     """A question: which of ``classes`` does each image show?
 
-    images: (B, 3, H, W) uint8. ``task`` is the number of the task the images belong to, or None where it is hidden or the
-    images belong to none; only the protocol sets it.
+    images: (N, 3, H, W) uint8. ``task`` is the number of the task the images belong to, or None where it is hidden or the
+    images belong to none; only the protocol sets it. ``embedded`` (N, D): the images' unit embeddings by the weights that
+    answer, where they are known already.
     """
 
     images: Tensor
     classes: Sequence[Class]
     task: int | None = None
+    embedded: Tensor | None = None
+
+    def part(self, rows: Tensor, embedded: Tensor | None) -> Query:
+        """The images numbered ``rows``, with their share of ``embedded`` (N, D)."""
+        return replace(self, images=self.images[rows], embedded=None if embedded is None else embedded[rows])
 
 
 @dataclass(frozen=True)

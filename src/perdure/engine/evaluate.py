@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perdure.core.seeding import derive
-from perdure.data.task import Class, Images, Query, Stream
+from perdure.data.task import Class, Query, Stream
 from perdure.methods.base import Method
 from perdure.ops import metrics
 
@@ -35,24 +35,21 @@ class Protocol:
         return f"labels={self.labels}, task_id={self.task_id}"
 
 
-@torch.no_grad()
-def predicted(method: Method, images: Images, classes: tuple[Class, ...], task: int | None, size: int = 256) -> Tensor:
-    """The number of the predicted class of each image, (N,) int64."""
-    parts = (method.predict(Query(x, classes, task)).argmax(1).cpu() for x in images.pixels.split(size))
-    return torch.cat(list(parts))
-
-
 def evaluate(method: Method, stream: Stream, protocol: Protocol, seen: int) -> dict[str, Tensor]:
     """After ``seen`` tasks: which test images of each task, by name, and of the probe are answered rightly, (N,) uint8."""
-    hits = {}
+    queries, labels = {}, {}
     for j, task in enumerate(stream.tasks):
         classes, own = protocol.classes(stream, seen, j)
-        told = j if protocol.task_id == "known" else None
-        hits[task.name] = predicted(method, task.test, classes, told).eq(task.test.labels + own).to(torch.uint8)
+        queries[task.name] = Query(task.test.pixels, classes, j if protocol.task_id == "known" else None)
+        labels[task.name] = task.test.labels + own
     if stream.probe is not None:
-        answers = predicted(method, stream.probe.test, stream.probe.classes, None)
-        hits["probe"] = answers.eq(stream.probe.test.labels).to(torch.uint8)
-    return hits
+        queries["probe"] = Query(stream.probe.test.pixels, stream.probe.classes)
+        labels["probe"] = stream.probe.test.labels
+    answers = method.answer(list(queries.values()))
+    return {
+        name: answer.argmax(1).cpu().eq(labels[name]).to(torch.uint8)
+        for name, answer in zip(queries, answers, strict=True)
+    }
 
 
 def per_cent(hits: Tensor) -> float:

@@ -56,6 +56,12 @@ class Settings:
         int, Field(ge=0, description="at most so many images a task and side, for a quick look; 0: all")
     ] = 0
 
+    shots: Annotated[int, Field(ge=0, description="training images a class, drawn by the seed (few-shot); 0: all")] = 0
+
+    def cut(self, stream: Stream, seed: int) -> Stream:
+        """The part of ``stream`` that a run is to see."""
+        return stream.shortened(self.tasks, self.images).few_shot(self.shots, seed)
+
     def settled(self, stream: Stream) -> Settings:
         """With every choice made, as a run records it."""
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

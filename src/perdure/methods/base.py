@@ -52,6 +52,10 @@ class Recipe:
     lora_rank: Annotated[int, Field(ge=1, le=1024, description="rank of the adapters")] = 8
     lora_alpha: Annotated[float, Field(gt=0, description="adapters are scaled by alpha / rank")] = 16.0
     lora_layers: Annotated[tuple[str, ...], Field(description="linear layers that get an adapter")] = LORA_LAYERS
+    lora_init: Annotated[
+        Literal["kaiming", "xavier", "random"],
+        Field(description="how A starts, B being 0; random: both random, so that a new adapter changes the model"),
+    ] = "kaiming"
 
 
 @dataclass
@@ -61,11 +65,16 @@ class State:
 
 @dataclass(frozen=True)
 class Expert:
-    """Weights that answer, and their say. ``weights`` None: those that the model holds after the last task."""
+    """Weights that answer, and their say. ``weights`` None: those that the model holds after the last task.
+
+    ``gate``: one for all images, or one an image (N,); where it is 0 the expert is not asked. ``embedded`` (N, D): the
+    images' unit embeddings by these weights, where they are known already.
+    """
 
     name: str
     weights: Weights | None = None
-    gate: float = 1.0
+    gate: float | Tensor = 1.0
+    embedded: Tensor | None = None
 
 
 class Method:
@@ -89,13 +98,17 @@ class Method:
 
     def bind(self, clip: CLIP, around: Surroundings | None = None) -> None:
         """Take the model and what the run offers besides, and decide which weights may learn."""
-        self.clip = clip
         c = self.config
         if c.adapt == "lora":
-            clip.adapt(c.lora_rank, c.lora_alpha, c.lora_layers, c.towers)
+            clip.adapt(c.lora_rank, c.lora_alpha, c.lora_layers, c.towers, c.lora_init)
         for name, parameter in clip.backbone.named_parameters():
             part = "image" if name.startswith("vis") else "text"  # vision_model, visual_projection | text_…
             parameter.requires_grad_(parameter.requires_grad and name != "logit_scale" and c.towers in ("both", part))
+        self.join(clip, around or Surroundings())
+
+    def join(self, clip: CLIP, around: Surroundings) -> None:
+        """Take a model that is ready to learn: all that a part of a composition does which does not learn."""
+        self.clip, self.around = clip, around
 
     # ---- learn
 
@@ -147,19 +160,35 @@ class Method:
         """After fusing: fit what stands on top of frozen features."""
 
     def logits(self, query: Query) -> Tensor:
-        """(B, C) logits of the weights the model holds now."""
+        """(N, C) logits of the weights the model holds now."""
         texts = self.clip.class_texts([c.prompts() for c in query.classes])
-        return self.clip.scale * self.clip.encode_image(query.images) @ texts.T
+        return self.clip.scale * self.embed(query) @ texts.T
+
+    def embed(self, query: Query) -> Tensor:
+        """The query's images as unit embeddings (N, D), by the weights the model holds now."""
+        return self.clip.encode_image(query.images) if query.embedded is None else query.embedded
+
+    def predict(self, query: Query) -> Tensor:
+        """(N, C): Σ gate × logits over the experts."""
+        return self.answer([query])[0]
 
     @torch.no_grad()
-    def predict(self, query: Query) -> Tensor:
-        """(B, C): Σ gate × logits over the experts."""
-        total = torch.zeros(())
-        for expert in self.experts(query):
-            if expert.weights is not None:
-                self.clip.become(expert.name, expert.weights)
-            total = total.to(self.clip.device) + expert.gate * self.logits(query)
-        return total
+    def answer(self, queries: Sequence[Query], size: int = 256) -> list[Tensor]:
+        """``predict`` for many queries: an expert's weights are put on once for all, and it sees only the images that
+        need it, ``size`` at a time."""
+        plans = [self.experts(query) for query in queries]
+        totals = [torch.zeros(len(q.images), len(q.classes), device=self.clip.device) for q in queries]
+        for name in dict.fromkeys(expert.name for plan in plans for expert in plan):
+            for query, plan, total in zip(queries, plans, totals, strict=True):
+                for expert in (e for e in plan if e.name == name):
+                    gate = torch.as_tensor(expert.gate, dtype=torch.float32).cpu().expand(len(total))
+                    rows = gate.nonzero().squeeze(1)
+                    if expert.weights is not None and len(rows):
+                        self.clip.become(expert.name, expert.weights)
+                    for part in rows.split(size):
+                        said = self.logits(query.part(part, expert.embedded))
+                        total[part] += gate[part].unsqueeze(1).to(total.device) * said
+        return totals
 
     # ---- state
 

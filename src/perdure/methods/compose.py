@@ -29,7 +29,9 @@ class Compose(Method):
     def bind(self, clip: CLIP, around: Surroundings | None = None) -> None:
         self.clip = clip
         self.learn.bind(clip, around)  # the learner alone decides what may learn
-        self.fuser.clip = self.answerer.clip = clip
+        for part in self.distinct().values():
+            if part is not self.learn:
+                part.join(clip, around or Surroundings())
 
     def begin_task(self, task: Task) -> None:
         self.learn.begin_task(task)

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from perdure.core.state import Once
 from perdure.data.task import Query, Task
 from perdure.methods.base import METHODS, Expert, Method, Row, State, register
 from perdure.training.fit import Schedule
@@ -59,7 +60,7 @@ class Individual(Method):
         self.clip.restart()
 
     def fuse(self, task: Task) -> None:
-        self.state.expert[task.name] = self.clip.weights()
+        self.state.expert[task.name] = Once(self.clip.weights())
         self.state.order.append(task.name)
 
     def experts(self, query: Query) -> Sequence[Expert]:

@@ -20,7 +20,6 @@ later step pile up).
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
-from perdure.core.weights import interpolate
+from perdure.core.weights import interpolate, original
 from perdure.data.task import Batch, Surroundings, Task
 from perdure.methods.base import Method, Recipe, State, register
 from perdure.models.clip import CLIP
@@ -83,7 +82,7 @@ class GIFT(Method):
 
     def bind(self, clip: CLIP, around: Surroundings | None = None) -> None:
         super().bind(clip, around)
-        c, self.around = self.config, around or Surroundings()
+        c = self.config
         if not self.replays and c.consolidation not in ("l2", "none"):
             raise PerdureError(
                 f"consolidation={c.consolidation} weighs by the gradient of distillation and alignment, and both are off. "
@@ -183,8 +182,8 @@ class GIFT(Method):
         for name, parameter in self.parameters().items():
             moved = parameter.detach() - self.anchor[name]
             pull = importance(name) * moved
-            penalty += (pull * moved).sum()
-            backward.add(name, 2 * c.lam * pull)
+            penalty += moved.mul_(pull).sum()  # in place: a step's memory is mostly new pages of tensors like these
+            backward.add(name, pull.mul_(2 * c.lam))
         return {"consolidation": c.lam * penalty}
 
     def importance(self, gradients: Gradients) -> Callable[[str], Tensor | float]:
@@ -204,14 +203,11 @@ class GIFT(Method):
         return self.fisher.__getitem__
 
 
-QKV = re.compile(r"\.[qkv]_proj\.(weight|bias)$")
-
-
 def mean_squares(gradients: Gradients) -> dict[str, Tensor]:
     """mean(g²) of the tensor that each parameter belongs to; q, k and v are one. Parameters without gradient are left out."""
     sums: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
-    tensor_of = {name: QKV.sub(r".qkv.\1", name) for name, g in gradients.items() if g is not None}
+    tensor_of = {name: original(name) for name, g in gradients.items() if g is not None}
     for name, tensor in tensor_of.items():
         g = gradients[name]
         assert g is not None
@@ -224,4 +220,4 @@ def fisher(g: Tensor | None, mean_square: Tensor | None) -> Tensor | float:
     """F = g²/mean(g²); where no gradient came, a small constant."""
     if g is None or mean_square is None:
         return NO_GRADIENT
-    return g.square() / mean_square.clamp_min(torch.finfo(g.dtype).tiny)
+    return g.square().div_(mean_square.clamp_min(torch.finfo(g.dtype).tiny))

@@ -1,9 +1,13 @@
-"""Merging by arithmetic on weights: interpolation and averaging.
+"""Merging by arithmetic on weights: what fusion of models is compared with. Memory does not grow with the tasks.
 
-WiSE-FT (Wortsman et al., CVPR 2022, arXiv:2109.01903): θ = (1 - α)·θ⁰ + α·θ_tuned. Here, task after task: the next task
-starts from the interpolated weights, and θ⁰ stays the pre-trained model.
-Weight averaging (model soups, Wortsman et al., ICML 2022, arXiv:2203.05482): the mean of experts, each tuned from θ⁰;
-kept as a running mean, so that memory does not grow with the tasks.
+``interpolate``: WiSE-FT (Wortsman et al., CVPR 2022, arXiv:2109.01903), θ = (1 - α)·θ⁰ + α·θ_tuned; here task after task: the
+next one starts from the interpolated weights. The rest merge deltas δᵗ = θᵗ - θ⁰ of experts tuned from θ⁰:
+``average``: θ⁰ + mean δ (model soups, Wortsman et al., ICML 2022, arXiv:2203.05482).
+``sum``: θ⁰ + scale·Σ δ (task arithmetic, Ilharco et al., ICLR 2023, arXiv:2212.04089).
+``ties``: of each δ only the ``density`` largest magnitudes a tensor are kept; the sign of their sum is elected; scale times
+the mean of those that have it (TIES-Merging, Yadav et al., NeurIPS 2023, arXiv:2306.01708).
+``magmax``: scale times the δ of largest magnitude; here each task is tuned from the weights of the one before, not from the
+merged ones (Marczak et al., ECCV 2024, arXiv:2407.06322).
 """
 
 from __future__ import annotations
@@ -11,23 +15,34 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from perdure.core.weights import interpolate
+from perdure.core.weights import Weights, floating, interpolate
 from perdure.data.task import Task
 from perdure.methods.base import METHODS, Method, Row, State, register
+
+Rule = Literal["interpolate", "average", "sum", "ties", "magmax"]
 
 
 @dataclass(frozen=True)
 class Config:
-    rule: Annotated[Literal["interpolate", "average"], Field(description="which merge")] = "interpolate"
+    rule: Annotated[Rule, Field(description="which merge")] = "interpolate"
     alpha: Annotated[float, Field(ge=0, le=1, description="interpolate: share of the tuned weights")] = 0.5
+    scale: Annotated[float, Field(ge=0, description="sum, ties, magmax: of the merged delta")] = 0.3
+    density: Annotated[float, Field(gt=0, le=1, description="ties: share of a tensor's deltas that is kept")] = 0.2
 
 
 @dataclass
-class Mean(State):
-    mean: dict[str, Tensor] = field(default_factory=dict)
+class Merged(State):
+    """What the next task is merged with: by tensor, names after a slash."""
+
+    mean: dict[str, Tensor] = field(default_factory=dict)  # average, of weights
+    total: dict[str, Tensor] = field(default_factory=dict)  # sum: Σ δ; magmax: the largest δ; ties: Σ of positive ones
+    negative: dict[str, Tensor] = field(default_factory=dict)  # ties: Σ of negative δ
+    votes: dict[str, Tensor] = field(default_factory=dict)  # ties: positive δ (0, …) and negative ones (1, …), counted
+    last: dict[str, Tensor] = field(default_factory=dict)  # magmax: the weights last tuned
     count: int = 0
 
 
@@ -36,29 +51,74 @@ class Merge(Method):
     """Fuse role: merge the tuned weights with the pre-trained ones, or with the other experts."""
 
     Config = Config
-    State = Mean
-    state: Mean
+    State = Merged
+    state: Merged
 
     def start(self, task: Task) -> None:
-        if self.config.rule == "average":
+        if self.config.rule == "magmax" and self.state.last:
+            self.clip.become(f"tuned {self.state.count}", self.state.last)
+        elif self.config.rule != "interpolate":
             self.clip.restart()
 
     def fuse(self, task: Task) -> None:
-        tuned = self.clip.weights()
+        tuned, state = self.clip.weights(), self.state
+        state.count += 1
         if self.config.rule == "interpolate":
             merged = interpolate(self.clip.pretrained, tuned, self.config.alpha)
+        elif self.config.rule == "average":
+            merged = interpolate(state.mean, tuned, 1 / state.count) if state.mean else tuned
+            state.mean = merged
         else:
-            self.state.count += 1
-            merged = interpolate(self.state.mean, tuned, 1 / self.state.count) if self.state.mean else tuned
-            self.state.mean = merged
+            merged = self.merged(tuned)
+        if self.config.rule == "magmax":
+            state.last = tuned
         self.clip.become(f"merged {task.name}", merged)
 
+    def merged(self, tuned: Weights) -> dict[str, Tensor]:
+        """θ⁰ + scale·(the deltas so far and that of ``tuned``, merged)."""
+        origin, state, rule = self.clip.pretrained, self.state, self.config.rule
+        merged = dict(origin)
+        for name in floating(origin):
+            delta = tuned[name] - origin[name]
+            before = state.total.get(name, torch.zeros_like(delta))
+            if rule == "ties":
+                joint = self.elected(name, trimmed(delta, self.config.density))
+            else:
+                joint = before + delta if rule == "sum" else torch.where(delta.abs() > before.abs(), delta, before)
+                state.total[name] = joint
+            merged[name] = origin[name] + self.config.scale * joint
+        return merged
 
-METHODS.add(
-    "wise_ft", Row(learn=("finetune", {}), fuse=("merge", {"rule": "interpolate"})),
-    "Fine-tuning interpolated with the pre-trained weights after each task (WiSE-FT).", paper="arXiv:2109.01903",
-)  # fmt: skip
-METHODS.add(
-    "weight_average", Row(learn=("finetune", {}), fuse=("merge", {"rule": "average"})),
-    "The mean of experts tuned from the pre-trained weights (a model soup of tasks).", paper="arXiv:2203.05482",
-)  # fmt: skip
+    def elected(self, name: str, delta: Tensor) -> Tensor:
+        """TIES: the mean of the trimmed deltas that have the elected sign."""
+        state, zero = self.state, torch.zeros_like(delta)
+        state.total[name] = state.total.get(name, zero) + delta.clamp_min(0)
+        state.negative[name] = state.negative.get(name, zero) + delta.clamp_max(0)
+        state.votes[name] = state.votes.get(name, torch.stack([zero, zero])) + torch.stack([delta > 0, delta < 0])
+        positive, negative = state.total[name], state.negative[name]
+        up, down = state.votes[name].clamp_min(1)
+        return torch.where(positive + negative > 0, positive / up, negative / down)
+
+
+def trimmed(delta: Tensor, density: float) -> Tensor:
+    """``delta`` with all but the share ``density`` of largest magnitude set to 0."""
+    kept = max(1, round(density * delta.numel()))
+    least = delta.abs().flatten().kthvalue(delta.numel() - kept + 1).values
+    return torch.where(delta.abs() >= least, delta, 0.0)
+
+
+for name, rule, summary, paper in (
+    ("wise_ft", "interpolate", "Fine-tuning interpolated with the pre-trained weights after each task.", "2109.01903"),
+    (
+        "weight_average",
+        "average",
+        "The mean of experts tuned from the pre-trained weights (a model soup).",
+        "2203.05482",
+    ),
+    ("task_arithmetic", "sum", "The scaled sum of the experts' deltas.", "2212.04089"),
+    ("ties", "ties", "The experts' deltas trimmed, their signs elected, those that agree averaged.", "2306.01708"),
+    ("magmax", "magmax", "The delta of largest magnitude, of tasks tuned one after another.", "2407.06322"),
+):
+    published = {"ties": {"scale": 1.0}, "magmax": {"scale": 0.5}}.get(rule, {})
+    row = Row(learn=("finetune", {}), fuse=("merge", {"rule": rule, **published}))
+    METHODS.add(name, row, summary, paper=f"arXiv:{paper}")

@@ -167,20 +167,27 @@ class CLIP(nn.Module):
         """Back to the pre-trained weights, with new adapters where there are any."""
         self.become("pretrained", self.pretrained)
         lora.reset(self.backbone)
+        self.with_new_adapters()
+
+    def with_new_adapters(self) -> None:
+        """Adapters that start at random make another model of it before any step."""
+        if getattr(self.backbone, "lora_init", "") == "random":
+            self.changed("pretrained, with random adapters")
 
     def trained(self, name: str) -> None:
         """Training has changed its weights; adapters leave the plain ones as they were."""
         self.rebased = self.rebased or not any(True for _ in lora.adapters(self.backbone))
         self.changed(name)
 
-    def adapt(self, rank: int, alpha: float, targets: Sequence[str], towers: str) -> None:
+    def adapt(self, rank: int, alpha: float, targets: Sequence[str], towers: str, init: str = "kaiming") -> None:
         """Freeze the weights and train low-rank adapters in their place. ``PerdureError`` if no layer is so named."""
         try:
-            lora.attach(self.backbone, rank, alpha, targets, towers)
+            lora.attach(self.backbone, rank, alpha, targets, towers, init)
         except ValueError as error:
             raise PerdureError(
                 f"LoRA cannot be attached to {', '.join(targets)}: {str(error).splitlines()[0]}"
             ) from error
+        self.with_new_adapters()
 
     def own_state(self) -> dict[str, Tensor]:
         """What must be kept to come back to the present weights from the pre-trained ones, bit for bit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,21 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perdure.core.weights import Computed, Weights
+
 TOWERS = {"both": "(vision_model|text_model)", "image": "vision_model", "text": "text_model"}
 
 
-def attach(backbone: nn.Module, rank: int, alpha: float, targets: Sequence[str], towers: str) -> None:
-    """Freeze ``backbone`` and put adapters beside the named linear layers of the towers: W + (alpha / rank)·B·A, B zero.
+def attach(
+    backbone: nn.Module, rank: int, alpha: float, targets: Sequence[str], towers: str, init: str = "kaiming"
+) -> None:
+    """Freeze ``backbone`` and put adapters beside the named linear layers of the towers: W + (alpha / rank)·B·A.
 
-    Raises ``ValueError`` where no layer has such a name.
+    ``init``: A ``kaiming`` or ``xavier`` uniform and B zero, or both ``random`` (kaiming uniform). Raises ``ValueError``
+    where no layer has such a name.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     pattern = rf"{TOWERS[towers]}\..*\.({'|'.join(map(re.escape, targets))})"
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=True)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=init != "random")
     inject_adapter_in_model(config, backbone)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_("lora_" in name)
+    backbone.lora_init = init  # type: ignore[assignment]
+    if init == "xavier":
+        xavier(backbone)
 
 
 def adapters(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -32,9 +41,20 @@ def adapters(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def reset(module: nn.Module) -> None:
-    """Start all adapters anew: A random, B zero."""
+    """Start all adapters anew, as ``attach`` did."""
+    init = getattr(module, "lora_init", "kaiming")
     for _, layer in adapters(module):
         layer.reset_lora_parameters("default", True)
+        if init == "random":
+            nn.init.kaiming_uniform_(layer.lora_B["default"].weight, a=math.sqrt(5))
+    if init == "xavier":
+        xavier(module)
+
+
+def xavier(module: nn.Module) -> None:
+    """Draw every A anew: Xavier uniform."""
+    for _, layer in adapters(module):
+        nn.init.xavier_uniform_(layer.lora_A["default"].weight)
 
 
 @torch.no_grad()
@@ -57,3 +77,21 @@ def merged(module: nn.Module) -> dict[str, Tensor]:
     for name, layer in adapters(module):
         out[f"{name}.weight"] += layer.get_delta_weight("default")
     return out
+
+
+def factors(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of all A and B, by name."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items() if "lora_" in name}
+
+
+def multiplied(module: nn.Module, weights: Weights, found: Weights) -> Computed:
+    """Plain ``weights`` with the products of the factors ``found`` added, tensor by tensor as they are asked for."""
+    scale = {f"{name}.weight": layer.scaling["default"] for name, layer in adapters(module)}
+
+    def compute(name: str) -> Tensor:
+        if name not in scale:
+            return weights[name]
+        a, b = (found[f"{name.removesuffix('.weight')}.lora_{x}.default.weight"] for x in "AB")
+        return weights[name] + scale[name] * (b @ a)
+
+    return Computed(weights, compute)

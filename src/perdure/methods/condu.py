@@ -1,0 +1,183 @@
+"""ConDU (Gao et al., "Enhanced Continual Learning of Vision-Language Models with Model Fusion", ICLR 2026, arXiv:2503.10705).
+
+    δ̃ⁱ = λⁱ·Mⁱ⊙δ    decouple: the deltas of the tasks before, from the unified delta and their triggers
+    δ, (Mⁱ, λⁱ) = unify(δ̃¹ … δ̃ᵗ⁻¹, θᵗ - θ⁰)    elected sign, largest agreeing magnitude; all triggers anew
+
+Each task tunes an expert from θ⁰. One delta is kept, and a trigger a task: one bit a parameter and a scalar. A known task is
+answered by its expert θ⁰ + λⁱ·Mⁱ⊙δ; where it is hidden or was never learned, prototypes in θ⁰'s feature space pick the
+K nearest experts, and they answer together with θ⁰ itself.
+
+As in the release: λ is made of means a tensor, over the original CLIP's tensors (q, k and v are one), and an old delta is
+rounded as weights are. Otherwise than in the release:
+- A task that changed nothing, or was outvoted everywhere, answers as θ⁰ and is named in a warning (the release: NaN).
+- A task that was learned is answered by its expert, the first one too (the release: by θ⁰, in its first session).
+- Tasks are in the order in which they were learned (the release: as a folder listing has them).
+- Prototypes are made of the training images without augmentation, and few-shot ones of the few images alone; the release
+  augments (``prototype_images=augmented``) and takes the whole training set.
+- The logits' factor is the model's own (the release: 100). Training does without the release's last step, at rate 0.
+- LoRA: the products s·B·A are unified by default. Factors are not unique ((-B)(-A) is the same expert), so a vote on their
+  signs says nothing of the weights; the release's way is ``lora_unify=factors lora_init=random``.
+- The experts answer with equal weights (``weighting=mean``, as in the release); the paper's are the similarities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from perdure.core.errors import PerdureError
+from perdure.core.seeding import derive
+from perdure.core.weights import Computed, Weights, check_alike
+from perdure.data.task import Query, Surroundings, Task
+from perdure.data.transforms import random_resized_crop
+from perdure.methods.base import METHODS, Expert, Method, Recipe, Row, State, register
+from perdure.models import lora
+from perdure.models.clip import CLIP
+from perdure.ops import fusion
+from perdure.ops.prototypes import best_similarity, blend, class_means
+
+
+@dataclass(frozen=True)
+class Config(Recipe):
+    experts: Annotated[int, Field(ge=0, description="K: experts that answer beside the pre-trained model")] = 4
+    weighting: Annotated[
+        Literal["mean", "similarity"], Field(description="of the experts where the task is hidden or was not learned")
+    ] = "mean"
+    prototype_images: Annotated[
+        Literal["plain", "augmented"], Field(description="training images that prototypes are made of")
+    ] = "plain"
+    lora_unify: Annotated[
+        Literal["products", "factors"], Field(description="what is unified where adapters are trained")
+    ] = "products"
+
+
+@dataclass
+class Unified(State):
+    """One delta for all tasks; a trigger and the prototypes of each, by name, in the order learned."""
+
+    order: list[str] = field(default_factory=list)
+    unified: dict[str, Tensor] = field(default_factory=dict)
+    rescaler: list[float] = field(default_factory=list)
+    trigger: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # task → packed masks by tensor
+    prototypes: dict[str, Tensor] = field(default_factory=dict)  # task → (C, D), unit
+
+
+@register("condu", paper="arXiv:2503.10705")
+class ConDU(Method):
+    """Unify the experts of all tasks into one delta; decouple any of them again with its trigger."""
+
+    Config = Config
+    State = Unified
+    carries_weights = False
+    state: Unified
+
+    def join(self, clip: CLIP, around: Surroundings) -> None:
+        super().join(clip, around)
+        self.factors = lora.factors(clip.backbone)  # that every task starts from
+        if self.config.lora_unify == "factors" and not self.factors:
+            raise PerdureError(
+                "lora_unify=factors: no adapters are trained here. Set adapt=lora, or lora_unify=products."
+            )
+
+    @property
+    def unifies_factors(self) -> bool:
+        return self.config.lora_unify == "factors"
+
+    @property
+    def origin(self) -> Weights:
+        """θ⁰: what deltas are taken from."""
+        return self.factors if self.unifies_factors else self.clip.pretrained
+
+    def start(self, task: Task) -> None:
+        self.clip.restart()
+        if self.unifies_factors:
+            self.clip.backbone.load_state_dict(self.factors, strict=False)
+
+    # ---- unifying
+
+    def fuse(self, task: Task) -> None:
+        state, tuned = self.state, self.tuned()
+        check_alike(self.origin, tuned)
+        known = [(state.trigger[name], r) for name, r in zip(state.order, state.rescaler, strict=True)]
+        unified: dict[str, Tensor] = {}
+        triggers: dict[str, dict[str, Tensor]] = {name: {} for name in (*state.order, task.name)}
+
+        def keep(name: str, delta: Tensor, masks: Tensor) -> None:
+            unified[name] = delta.to(self.clip.device)
+            for trigger, bits in zip(triggers.values(), masks, strict=True):
+                trigger[name] = bits.clone()
+
+        state.rescaler = fusion.unify(self.origin, tuned, state.unified, known, keep)
+        state.order, state.unified, state.trigger = list(triggers), unified, triggers
+        for name, trigger in triggers.items():
+            if not any(bits.any() for bits in trigger.values()):
+                self.around.warn(
+                    f"Nothing is left of task {name}: it changed no weight, or the other tasks outvoted it everywhere. "
+                    "The pre-trained model answers for it."
+                )
+        state.prototypes[task.name] = self.prototypes(task)
+
+    def tuned(self) -> Weights:
+        """θᵗ: the weights as training left them."""
+        return lora.factors(self.clip.backbone) if self.unifies_factors else self.clip.weights()
+
+    def decoupled(self, number: int) -> Weights:
+        """The expert of the task learned as number 0, 1, …: plain weights, made tensor by tensor as they are asked for."""
+        s, name = self.state, self.state.order[number]
+        tensor = partial(
+            fusion.expert, self.origin, unified=s.unified, bits=s.trigger[name], rescaler=s.rescaler[number]
+        )
+        weights = Computed(self.origin, tensor)
+        pretrained = self.clip.pretrained
+        return lora.multiplied(self.clip.backbone, pretrained, weights) if self.unifies_factors else weights
+
+    # ---- prototypes
+
+    @torch.no_grad()
+    def prototypes(self, task: Task) -> Tensor:
+        """(C, D): each class's place between its training images and its prompts, in θ⁰'s feature space."""
+        clip = self.clip
+        clip.become("pretrained", clip.pretrained)
+        pixels = task.train.pixels
+        if self.config.prototype_images == "augmented":
+            draw = torch.Generator().manual_seed(derive(self.around.seed, task.name, "crops of the prototypes"))
+            pixels = random_resized_crop(pixels.float() / 255, clip.size, draw)
+        means, sizes = class_means(self.features(pixels), task.train.labels.to(clip.device), len(task.classes))
+        if empty := [c.name for c, size in zip(task.classes, sizes.tolist(), strict=True) if not size]:
+            self.around.warn(f"{task.name}: no training image of {', '.join(empty)}; the prototype is its text alone.")
+        texts = torch.stack([clip.encode_text(c.prompts()).mean(0) for c in task.classes])
+        return blend(means, texts)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(N, D) unit embeddings by the weights the model holds now."""
+        return torch.cat([self.clip.encode_image(x) for x in pixels.split(256)])
+
+    # ---- answering
+
+    def experts(self, query: Query) -> Sequence[Expert]:
+        s, pretrained = self.state, self.clip.pretrained
+        names = [f"{name}, decoupled from {len(s.order)}" for name in s.order]
+        if query.task is not None and query.task < len(s.order):
+            return (Expert(names[query.task], self.decoupled(query.task)),)
+        if not s.order or not self.config.experts:
+            return (Expert("pretrained", pretrained),)
+        self.clip.become("pretrained", pretrained)
+        features = self.features(query.images)
+        nearness = torch.stack([best_similarity(features, s.prototypes[name]) for name in s.order], dim=1)
+        gates = fusion.shares(nearness, self.config.experts, self.config.weighting)
+        return (
+            Expert("pretrained", pretrained, gates[:, 0], features),
+            *(Expert(name, self.decoupled(k), gates[:, k + 1]) for k, name in enumerate(names)),
+        )
+
+
+METHODS.add(
+    "condu_lora", Row(learn=("condu", {"adapt": "lora"})), "ConDU with experts that are low-rank adapters.",
+    paper="arXiv:2503.10705",
+)  # fmt: skip
