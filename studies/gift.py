@@ -8,11 +8,7 @@ Everything is resumable: pairs and runs that are finished are not made again. Ta
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from runs import command, do, read, spread
 
 from perdure import launch
 from perdure.benchmarks import mini
@@ -54,12 +51,7 @@ def folder_of(runs: Path, row: str, seed: int) -> Path:
     return runs / row.replace(" ", "-").lower() / f"seed_{seed}"
 
 
-def command(runs: Path, row: str, seed: int, jobs: int, tasks: int) -> list[str]:
-    """The command of one run, or of going on with it."""
-    folder = folder_of(runs, row, seed)
-    start = [sys.executable, "-m", "perdure.cli"]
-    if (folder / "config.json").exists():
-        return [*start, "resume", str(folder)]
+def command_of(runs: Path, row: str, seed: int, jobs: int, tasks: int) -> list[str]:
     method, changes = VARIANTS[row]
     values = {"pairs": str(runs / "pairs"), **changes} if method == "gift" else {}
     values = {k: str(runs / "real") if v == "REAL" else v for k, v in values.items()}
@@ -67,24 +59,12 @@ def command(runs: Path, row: str, seed: int, jobs: int, tasks: int) -> list[str]
         values["threads"] = 1
     if row not in MAIN:
         values["tasks"] = tasks
-    words = [f"{k}={v}" for k, v in values.items()]
-    return [*start, "run", "--method", method, "--stream", STREAM, "--seed", str(seed), "--out", str(folder), *words]
-
-
-def do(commands: Sequence[list[str]], jobs: int) -> None:
-    """Run commands, ``jobs`` at a time; stop at the first that fails."""
-    with ThreadPoolExecutor(jobs) as pool:
-        for done, words in zip(
-            pool.map(lambda w: subprocess.run(w, capture_output=True, text=True), commands), commands, strict=True
-        ):
-            if done.returncode:
-                raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
-            print("done:", " ".join(words[3:]), flush=True)
+    return command(folder_of(runs, row, seed), method, STREAM, seed, values)
 
 
 def pending(runs: Path, rows: Sequence[str], seeds: int, jobs: int, tasks: int) -> list[list[str]]:
     wanted = [(row, seed) for seed in range(seeds) for row in rows]
-    return [command(runs, row, s, jobs, tasks) for row, s in wanted if not launch.is_finished(folder_of(runs, row, s))]
+    return [command_of(runs, row, s, jobs, tasks) for row, s in wanted]
 
 
 def prepare_pairs(runs: Path, seeds: int) -> None:
@@ -129,35 +109,12 @@ def rows_of(runs: Path, rows: Sequence[str], seeds: int, tasks: int) -> list[str
     return lines
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.1f}"
-
-
-def read(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    return found
-
-
 def numbers(runs: Path, seeds: int, jobs: int, tasks: int) -> None:
     """Accuracy against the number of synthetic images, on the first tasks."""
     most = [f"synthetic={max(NUMBERS)}", f"tasks={NUMBERS_TASKS}"]
     print(f"pairs: {launch.generate(STREAM, runs / 'pairs', assignments=most)} drawn", flush=True)
-    words = []
-    for n in NUMBERS:
-        folder = runs / "numbers" / str(n)
-        values = [
-            f"synthetic={n}",
-            f"tasks={NUMBERS_TASKS}",
-            f"pairs={runs / 'pairs'}",
-            *(["threads=1"] if jobs > 1 else []),
-        ]
-        start = ["run", "--method", "gift", "--stream", STREAM, "--out", str(folder), *values]
-        resume = ["resume", str(folder)]
-        if not launch.is_finished(folder):
-            words.append(
-                [sys.executable, "-m", "perdure.cli", *(resume if (folder / "config.json").exists() else start)]
-            )
+    values = {"tasks": NUMBERS_TASKS, "pairs": runs / "pairs", **({"threads": 1} if jobs > 1 else {})}
+    words = [command(runs / "numbers" / str(n), "gift", STREAM, 0, {"synthetic": n, **values}) for n in NUMBERS]
     do(words, jobs)
     found = [read(runs / "numbers" / str(n)) for n in NUMBERS]
     figure = Figure(figsize=(5, 3.2), layout="constrained")

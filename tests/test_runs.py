@@ -64,6 +64,7 @@ def assert_same_run(a: Path, b: Path) -> None:
         "finetune_lora",
         "wise_ft",
         "individual adapt=lora",
+        "condu",
         "gift synthetic=12 sampling_steps=2 sampling_batch=4",
     ],
 )
