@@ -180,8 +180,8 @@ class Query:
     """A question: which of ``classes`` does each image show?
 
     images: (N, 3, H, W) uint8. ``task`` is the number of the task the images belong to, or None where it is hidden or the
-    images belong to none; only the protocol sets it. ``embedded`` (N, D): the images' unit embeddings by the weights that
-    answer, where they are known already.
+    images belong to none; only the protocol sets it. ``embedded`` (N, D): the images' unit embeddings, where they
+    are known already.
     """
 
     images: Tensor
@@ -189,9 +189,14 @@ class Query:
     task: int | None = None
     embedded: Tensor | None = None
 
-    def part(self, rows: Tensor, embedded: Tensor | None) -> Query:
-        """The images numbered ``rows``, with their share of ``embedded`` (N, D)."""
-        return replace(self, images=self.images[rows], embedded=None if embedded is None else embedded[rows])
+    def part(self, rows: Tensor) -> Query:
+        """The images numbered ``rows``."""
+        known = None if self.embedded is None else self.embedded[rows.to(self.embedded.device)]
+        return replace(self, images=self.images[rows], embedded=known)
+
+    def parts(self, size: int) -> list[Query]:
+        """The query, ``size`` images at a time."""
+        return [self.part(rows) for rows in torch.arange(len(self.images)).split(size)]
 
 
 @dataclass(frozen=True)

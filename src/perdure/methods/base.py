@@ -12,7 +12,7 @@ A new method is one file in this folder: a subclass with the hooks it changes, d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -136,6 +136,14 @@ class Method:
         """One batch: cross entropy of s·I·Tᵀ over the task's classes."""
         backward(task=self.task_loss(batch))
 
+    def enough(self, steps: int) -> bool:
+        """Whether to stop after so many steps, before the schedule ends."""
+        return False
+
+    def again(self, task: Task) -> bool:
+        """After training: whether to train anew (what was learned is the method's to undo)."""
+        return False
+
     def task_loss(self, batch: Batch) -> Tensor:
         """The classification loss of the task at hand."""
         texts = self.frozen_texts if self.frozen_texts is not None else self.clip.encode_tokens(self.tokens)
@@ -154,10 +162,14 @@ class Method:
         """Who answers a query."""
         return (Expert("last"),)
 
+    def home(self) -> Expert:
+        """The weights whose features change least from task to task: a head on top of features is fitted on theirs."""
+        return Expert("last")
+
     # ---- answer
 
     def calibrate(self, task: Task) -> None:
-        """After fusing: fit what stands on top of frozen features."""
+        """After fusing: fit what stands on top of the features of ``home``, which the model holds now."""
 
     def logits(self, query: Query) -> Tensor:
         """(N, C) logits of the weights the model holds now."""
@@ -168,27 +180,49 @@ class Method:
         """The query's images as unit embeddings (N, D), by the weights the model holds now."""
         return self.clip.encode_image(query.images) if query.embedded is None else query.embedded
 
+    def conclude(self, query: Query, logits: Tensor) -> Tensor:
+        """(N, C): the answer, made of Σ gate × logits over the experts and of the features of ``home``, ``query.embedded``."""
+        return logits
+
+    def concludes(self) -> bool:
+        """Whether ``conclude`` is more than handing through: only then are the features of ``home`` worked out."""
+        return type(self).conclude is not Method.conclude
+
     def predict(self, query: Query) -> Tensor:
-        """(N, C): Σ gate × logits over the experts."""
+        """(N, C): Σ gate × logits over the experts, concluded by the answer role."""
         return self.answer([query])[0]
 
     @torch.no_grad()
     def answer(self, queries: Sequence[Query], size: int = 256) -> list[Tensor]:
         """``predict`` for many queries: an expert's weights are put on once for all, and it sees only the images that
         need it, ``size`` at a time."""
+        home = self.home()
+        if self.concludes():
+            self.wear(home)
+            queries = [replace(q, embedded=torch.cat([self.embed(x) for x in q.parts(size)])) for q in queries]
         plans = [self.experts(query) for query in queries]
         totals = [torch.zeros(len(q.images), len(q.classes), device=self.clip.device) for q in queries]
         for name in dict.fromkeys(expert.name for plan in plans for expert in plan):
             for query, plan, total in zip(queries, plans, totals, strict=True):
                 for expert in (e for e in plan if e.name == name):
-                    gate = torch.as_tensor(expert.gate, dtype=torch.float32).cpu().expand(len(total))
-                    rows = gate.nonzero().squeeze(1)
-                    if expert.weights is not None and len(rows):
-                        self.clip.become(expert.name, expert.weights)
-                    for part in rows.split(size):
-                        said = self.logits(query.part(part, expert.embedded))
-                        total[part] += gate[part].unsqueeze(1).to(total.device) * said
-        return totals
+                    known = query.embedded if name == home.name else expert.embedded
+                    self.add(expert, replace(query, embedded=expert.embedded if known is None else known), total, size)
+        return [self.conclude(query, total) for query, total in zip(queries, totals, strict=True)]
+
+    def wear(self, expert: Expert) -> None:
+        """Put an expert's weights on."""
+        if expert.weights is not None:
+            self.clip.become(expert.name, expert.weights)
+
+    def add(self, expert: Expert, query: Query, total: Tensor, size: int) -> None:
+        """Add gate × logits of one expert to ``total`` (N, C), for the images that need it."""
+        gate = torch.as_tensor(expert.gate, dtype=torch.float32).cpu().expand(len(total))
+        rows = gate.nonzero().squeeze(1)
+        if not len(rows):
+            return
+        self.wear(expert)
+        for part in rows.split(size):
+            total[part] += gate[part].unsqueeze(1).to(total.device) * self.logits(query.part(part))
 
     # ---- state
 

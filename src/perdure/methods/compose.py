@@ -45,6 +45,12 @@ class Compose(Method):
     def step(self, batch: Batch, backward: Backward) -> None:
         self.learn.step(batch, backward)
 
+    def enough(self, steps: int) -> bool:
+        return self.learn.enough(steps)
+
+    def again(self, task: Task) -> bool:
+        return self.learn.again(task)
+
     def start(self, task: Task) -> None:
         self.fuser.start(task)
 
@@ -54,11 +60,21 @@ class Compose(Method):
     def experts(self, query: Query) -> Sequence[Expert]:
         return self.fuser.experts(query)
 
+    def home(self) -> Expert:
+        return self.fuser.home()
+
     def calibrate(self, task: Task) -> None:
+        self.wear(self.home())
         self.answerer.calibrate(task)
 
     def logits(self, query: Query) -> Tensor:
         return self.answerer.logits(query)
+
+    def concludes(self) -> bool:
+        return self.answerer.concludes()
+
+    def conclude(self, query: Query, logits: Tensor) -> Tensor:
+        return self.answerer.conclude(query, logits)
 
     def distinct(self) -> dict[str, Method]:
         """The parts, each once, under the first role it plays."""

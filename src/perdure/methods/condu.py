@@ -160,6 +160,9 @@ class ConDU(Method):
 
     # ---- answering
 
+    def home(self) -> Expert:
+        return Expert("pretrained", self.clip.pretrained)
+
     def experts(self, query: Query) -> Sequence[Expert]:
         s, pretrained = self.state, self.clip.pretrained
         names = [f"{name}, decoupled from {len(s.order)}" for name in s.order]
@@ -168,7 +171,7 @@ class ConDU(Method):
         if not s.order or not self.config.experts:
             return (Expert("pretrained", pretrained),)
         self.clip.become("pretrained", pretrained)
-        features = self.features(query.images)
+        features = self.features(query.images) if query.embedded is None else query.embedded
         nearness = torch.stack([best_similarity(features, s.prototypes[name]) for name in s.order], dim=1)
         gates = fusion.shares(nearness, self.config.experts, self.config.weighting)
         return (

@@ -63,9 +63,12 @@ class Individual(Method):
         self.state.expert[task.name] = Once(self.clip.weights())
         self.state.order.append(task.name)
 
+    def home(self) -> Expert:
+        return Expert("pretrained", self.clip.pretrained)
+
     def experts(self, query: Query) -> Sequence[Expert]:
         if query.task is None or query.task >= len(self.state.order):
-            return (Expert("pretrained", self.clip.pretrained),)
+            return (self.home(),)
         name = self.state.order[query.task]
         return (Expert(f"expert {name}", self.state.expert[name]),)
 

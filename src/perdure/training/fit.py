@@ -39,7 +39,11 @@ class Backward(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: linear warm-up to ``lr``, then a cosine to 0 at ``horizon`` (GIFT's and ZSCL's recipe)."""
+    """How long and how fast: linear warm-up to ``lr``, then a cosine to ``floor``·lr at ``horizon``.
+
+    GIFT's, ZSCL's and ConDU's recipe goes to 0, a new rate each step; MG-CLIP's to a hundredth, a new rate each epoch
+    (``stride`` steps). ``augment``: whether images are cropped at random.
+    """
 
     steps: int
     lr: float
@@ -48,24 +52,40 @@ class Schedule:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = None
-    horizon: int | None = None  # the step at which the rate is 0; None: ``steps``, so that no step is taken at 0
+    horizon: int | None = None  # the step at which the rate is lowest; None: ``steps``, so that no step is taken there
+    floor: float = 0.0
+    stride: int = 1
+    augment: bool = True
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0 … steps - 1."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         length = (self.steps if self.horizon is None else self.horizon) - self.warmup
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, length)))
+        gone = (step - self.warmup) // self.stride * self.stride
+        return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * gone / max(1, length))))
 
 
-class Learner(Protocol):
-    """What ``fit`` asks of a method."""
+class Stepper(Protocol):
+    """What ``optimise`` asks of whatever learns."""
 
     def parameters(self) -> Mapping[str, nn.Parameter]: ...
 
+    def step(self, batch: Batch, backward: Backward) -> None: ...
+
+    def enough(self, steps: int) -> bool:
+        """Whether to stop after so many steps."""
+        ...
+
+
+class Learner(Stepper, Protocol):
+    """What ``fit`` asks of a method."""
+
     def schedule(self, task: Task) -> Schedule: ...
 
-    def step(self, batch: Batch, backward: Backward) -> None: ...
+    def again(self, task: Task) -> bool:
+        """After training: whether to train anew, under the schedule that is asked for then."""
+        ...
 
 
 def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -88,21 +108,39 @@ def fit(
     ``image_size``: the side of the augmented crops, in pixels. ``precision``: ``bf16`` computes under autocast, with the
     weights and the optimiser in fp32; ``fp32`` computes as stored. Same generator, same task, same bits.
     """
-    plan, parameters = learner.schedule(task), dict(learner.parameters())
+    while True:
+        plan = learner.schedule(task)
+        losses = optimise(learner, plan, crops(task, plan, generator, image_size), device, precision, on_step)
+        if not losses or not learner.again(task):
+            return course(losses, task.name) if losses else {}
+
+
+def crops(task: Task, plan: Schedule, generator: torch.Generator, image_size: int) -> Iterator[Batch]:
+    """The task's training images in batches without end, cropped at random where the plan says so."""
+    for index in batches(len(task.train), plan.batch_size, generator):
+        images = task.train.pixels[index].float() / 255
+        if plan.augment:
+            images = random_resized_crop(images, image_size, generator)
+        yield Batch(images, task.train.labels[index])
+
+
+def optimise(
+    learner: Stepper, plan: Schedule, draws: Iterator[Batch], device: torch.device, precision: str = "fp32",
+    on_step: OnStep | None = None,
+) -> list[dict[str, Tensor]]:  # fmt: skip
+    """Take ``plan.steps`` steps of AdamW, or until the learner has ``enough``; return each step's losses by name."""
+    parameters = dict(learner.parameters())
     if plan.steps == 0 or not parameters:
-        return {}
+        return []
     trained = list(parameters.values())
     optimizer = torch.optim.AdamW(trained, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
-    draws = batches(len(task.train), plan.batch_size, generator)
     record: list[dict[str, Tensor]] = []
     for step in range(plan.steps):
-        index = next(draws)
-        crops = random_resized_crop(task.train.pixels[index].float() / 255, image_size, generator)
-        batch = Batch(crops.to(device), task.train.labels[index].to(device))
+        batch = next(draws)
         losses: dict[str, Tensor] = {}
         backward = Accumulator(parameters, losses)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            learner.step(batch, backward)
+            learner.step(Batch(batch.images.to(device), batch.labels.to(device)), backward)
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
         if plan.clip is not None:
@@ -112,7 +150,9 @@ def fit(
         record.append(losses)
         if on_step:
             on_step(step + 1, plan.steps, losses)
-    return course(record, task.name)
+        if learner.enough(step + 1):
+            break
+    return record
 
 
 def course(record: Sequence[Mapping[str, Tensor]], task: str) -> dict[str, list[float]]:
