@@ -57,7 +57,8 @@ def method_options(entry: Entry[Any]) -> dict[str, tuple[str, Option]]:
         return {key: ("learn", option) for key, option in options(entry.value.Config).items()}
     out: dict[str, tuple[str, Option]] = {}
     for role, (part, fixed) in entry.value.parts().items():
-        for key, option in options(METHODS[part].value.Config).items():
+        kind = METHODS[part].value
+        for key, option in options(kind.role_options.get(role, kind.Config)).items():
             default = fixed.get(key, option.default)
             out.setdefault(key, (role, dataclasses.replace(option, default=default)))
     return out

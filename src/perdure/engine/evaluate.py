@@ -13,6 +13,7 @@ from perdure.core.seeding import derive
 from perdure.data.task import Class, Query, Stream
 from perdure.methods.base import Method
 from perdure.ops import metrics
+from perdure.ops.gap import measure
 
 DRAWS = 1000  # bootstrap samples
 
@@ -50,6 +51,20 @@ def evaluate(method: Method, stream: Stream, protocol: Protocol, seen: int) -> d
         name: answer.argmax(1).cpu().eq(labels[name]).to(torch.uint8)
         for name, answer in zip(queries, answers, strict=True)
     }
+
+
+@torch.no_grad()
+def gap(method: Method, stream: Stream, images: int = 256) -> dict[str, float] | None:
+    """The modality gap on ``images`` images of the probe, by the weights whose features a head would stand on; None
+    without a probe."""
+    if stream.probe is None:
+        return None
+    home, seen = method.home(), stream.probe.test.spread(images)
+    if home.weights is not None:
+        method.clip.become(home.name, home.weights)
+    texts = method.clip.class_texts([c.prompts()[:1] for c in stream.probe.classes])
+    embedded = method.clip.encode_image(seen.pixels)
+    return measure(embedded, texts, seen.labels.to(texts.device), method.clip.scale.item())
 
 
 def per_cent(hits: Tensor) -> float:

@@ -24,7 +24,7 @@ from perdure.core.seeding import reseed
 from perdure.core.state import as_json, digest, only_one, write_json
 from perdure.data.task import Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
-from perdure.engine.evaluate import Protocol, evaluate, per_cent, summarise
+from perdure.engine.evaluate import Protocol, evaluate, gap, per_cent, summarise
 from perdure.methods.base import Method
 from perdure.models.clip import CLIP
 from perdure.training.fit import fit
@@ -212,6 +212,7 @@ class Loop:
             "task": name,
             "number": number,
             "losses": losses,
+            "gap": gap(self.method, self.stream),
             "seconds": {"train": round(trained - start, 3), "evaluate": round(time.perf_counter() - trained, 3)},
             "peak_memory_mb": peak_memory_mb(),
             "config": identity(self.config),
@@ -265,6 +266,7 @@ class Loop:
             "seed": c["seed"],
             "tasks": tasks,
             **figures,
+            "gap": [r.get("gap") for r in self.records],
             "seconds": round(sum(s["train"] + s["evaluate"] for s in seconds), 2),
             "seconds_by_task": [{"task": r["task"], **r["seconds"]} for r in self.records],
             "peak_memory_mb": max(r["peak_memory_mb"] for r in self.records),

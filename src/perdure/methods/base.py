@@ -86,6 +86,7 @@ class Method:
 
     Config: ClassVar[type] = Recipe
     State: ClassVar[type] = State
+    role_options: ClassVar[Mapping[str, type]] = {}  # the options that count where only this role is played
     scope: ClassVar[Literal["task", "stream"]] = "task"  # stream: sees all tasks at once
     learns: ClassVar[bool] = True  # False: no task changes anything
     carries_weights: ClassVar[bool] = True  # False: ``start`` and ``experts`` never need the last task's weights

@@ -44,7 +44,7 @@ from perdure.ops.prototypes import best_similarity, blend, class_means
 
 
 @dataclass(frozen=True)
-class Config(Recipe):
+class Fusion:
     experts: Annotated[int, Field(ge=0, description="K: experts that answer beside the pre-trained model")] = 4
     weighting: Annotated[
         Literal["mean", "similarity"], Field(description="of the experts where the task is hidden or was not learned")
@@ -55,6 +55,11 @@ class Config(Recipe):
     lora_unify: Annotated[
         Literal["products", "factors"], Field(description="what is unified where adapters are trained")
     ] = "products"
+
+
+@dataclass(frozen=True)
+class Config(Fusion, Recipe):
+    """How experts are taught, and unified."""
 
 
 @dataclass
@@ -74,6 +79,7 @@ class ConDU(Method):
 
     Config = Config
     State = Unified
+    role_options = {"fuse": Fusion}
     carries_weights = False
     state: Unified
 

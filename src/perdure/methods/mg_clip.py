@@ -41,7 +41,20 @@ from perdure.training.fit import Backward, Schedule, batches, optimise
 
 
 @dataclass(frozen=True)
-class Config(Recipe):
+class Compensation:
+    head: Annotated[bool, Field(description="compensate with a classifier on image features")] = True
+    head_lr: Annotated[float, Field(ge=0, description="of the head")] = 5e-4
+    head_epochs: Annotated[int, Field(ge=0, le=10**6, description="of the head, a task")] = 3
+    head_batch: Annotated[int, Field(ge=1, le=10**6, description="features a step of the head")] = 64
+    text_weight: Annotated[float, Field(ge=0, description="a, of the text probabilities")] = 1.0
+    head_weight: Annotated[float, Field(ge=0, description="b, of the head's probabilities")] = 4.0
+    softmax: Annotated[Literal["single", "double"], Field(description="of the text logits, before they are mixed")] = (
+        "double"
+    )
+
+
+@dataclass(frozen=True)
+class Config(Compensation, Recipe):
     lr: Annotated[float, Field(ge=0, description="of the adapters")] = 1e-3
     iterations: Annotated[
         int, Field(ge=0, le=10**9, description="optimiser steps a task, with warm-up, as other methods; 0: by epochs")
@@ -64,15 +77,6 @@ class Config(Recipe):
     most_epochs: Annotated[int, Field(ge=1, le=10**6, description="that the gap may decide on")] = 10
     gap_change: Annotated[float, Field(gt=0, description="relative change of the negative mean that stops")] = 0.1
     gap_mean: Annotated[Literal["images", "batches"], Field(description="what the means are taken over")] = "images"
-    head: Annotated[bool, Field(description="compensate with a classifier on image features")] = True
-    head_lr: Annotated[float, Field(ge=0, description="of the head")] = 5e-4
-    head_epochs: Annotated[int, Field(ge=0, le=10**6, description="of the head, a task")] = 3
-    head_batch: Annotated[int, Field(ge=1, le=10**6, description="features a step of the head")] = 64
-    text_weight: Annotated[float, Field(ge=0, description="a, of the text probabilities")] = 1.0
-    head_weight: Annotated[float, Field(ge=0, description="b, of the head's probabilities")] = 4.0
-    softmax: Annotated[Literal["single", "double"], Field(description="of the text logits, before they are mixed")] = (
-        "double"
-    )
 
 
 @dataclass
@@ -91,6 +95,7 @@ class MGCLIP(Method):
 
     Config = Config
     State = Learned
+    role_options = {"answer": Compensation}
     state: Learned
     searching = False
 
@@ -192,7 +197,7 @@ class MGCLIP(Method):
 class HeadLearner:
     """Trains a head on features: cross entropy over the task's own rows."""
 
-    def __init__(self, head: CosineHead, config: Config):
+    def __init__(self, head: CosineHead, config: Compensation):
         self.head, self.config = head, config
 
     def plan(self, count: int) -> Schedule:

@@ -1,0 +1,26 @@
+"""Roles of different papers played together: who learns, who fuses, who answers.
+
+gift+condu           experts taught with GIFT's replay, unified by ConDU
+gift+mg_clip         GIFT, and MG-CLIP's head on the image features it leaves
+condu+mg_clip        ConDU, and MG-CLIP's head on the pre-trained features, which never change
+gift+condu+mg_clip   all three
+"""
+
+from __future__ import annotations
+
+from perdure.methods.base import METHODS, Row
+
+METHODS.add(
+    "gift+condu", Row(learn=("gift", {}), fuse=("condu", {})), "GIFT's replay teaches experts, ConDU unifies them."
+)
+METHODS.add(
+    "gift+mg_clip", Row(learn=("gift", {}), answer=("mg_clip", {})), "GIFT, with MG-CLIP's head on its image features."
+)
+METHODS.add(
+    "condu+mg_clip", Row(learn=("finetune", {}), fuse=("condu", {}), answer=("mg_clip", {})),
+    "ConDU, with MG-CLIP's head on the pre-trained image features.",
+)  # fmt: skip
+METHODS.add(
+    "gift+condu+mg_clip", Row(learn=("gift", {}), fuse=("condu", {}), answer=("mg_clip", {})),
+    "GIFT's replay, ConDU's fusion, MG-CLIP's head.",
+)  # fmt: skip

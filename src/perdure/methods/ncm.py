@@ -1,0 +1,61 @@
+"""Nearest class mean on frozen features: the baseline that a method has to beat before its learning is worth anything.
+
+Nothing is trained. A class is the mean of its training images' unit features by the pre-trained model (Mensink et al.,
+TPAMI 2013; on frozen pre-trained features: Janson et al., 2022, arXiv:2210.04428); the nearest by cosine similarity wins.
+Where none of the competing classes was seen, the pre-trained model answers with their texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perdure.data.task import Query, Task
+from perdure.methods.base import Method, State, register
+from perdure.models.heads import CosineHead
+from perdure.ops.prototypes import class_means
+from perdure.training.fit import Schedule
+
+
+@dataclass
+class Means(State):
+    """A mean a class, and the names and templates of the classes."""
+
+    classes: list[list[Any]] = field(default_factory=list)
+    means: dict[str, Tensor] = field(default_factory=dict)
+
+
+@register("ncm", paper="arXiv:2210.04428")
+class NearestClassMean(Method):
+    """The mean of each class's frozen image features; nothing is trained."""
+
+    State = Means
+    state: Means
+
+    def schedule(self, task: Task) -> Schedule:
+        return Schedule(steps=0, lr=0.0, warmup=0, batch_size=1)
+
+    @torch.no_grad()
+    def calibrate(self, task: Task) -> None:
+        features = torch.cat([self.clip.encode_image(x) for x in task.train.pixels.split(256)])
+        means, sizes = class_means(features, task.train.labels.to(features.device), len(task.classes))
+        there = sizes > 0
+        old = self.state.means.get("means", means[:0])
+        self.state.means = {"means": torch.cat([old, means[there]])}
+        named = [[c.name, list(c.templates)] for c in task.classes]
+        self.state.classes = [*self.state.classes, *(n for n, s in zip(named, there.tolist(), strict=True) if s)]
+
+    def logits(self, query: Query) -> Tensor:
+        place = {(name, tuple(templates)): k for k, (name, templates) in enumerate(self.state.classes)}
+        rows = [place.get((c.name, c.templates)) for c in query.classes]
+        known = [k for k, row in enumerate(rows) if row is not None]
+        if not known:
+            return super().logits(query)
+        features = self.embed(query)
+        out = torch.full((len(features), len(rows)), -1.0, device=features.device)  # the lowest cosine
+        head = CosineHead(self.state.means["means"][[row for row in rows if row is not None]])
+        out[:, known] = head(features)
+        return out
