@@ -124,12 +124,17 @@ def streams() -> None:
     for column in ("stream", "tasks", "classes", "train", "test", "asked among", ""):
         table.add_column(column)
     for entry in STREAMS:
+        if "home" in entry.about:  # not embedded: its data may be large, or not here
+            table.add_row(f"[bold]{entry.name}[/]", *[""] * 5, f"{entry.summary} [dim]Data: {entry.about['home']}[/]")
+            continue
         data = entry.value()
         classes = sum(len(t.classes) for t in data.tasks)
         sizes = [sum(len(getattr(t, side)) for t in data.tasks) for side in ("train", "test")]
         counts = map(str, (len(data.tasks), classes, *sizes))
         table.add_row(f"[bold]{entry.name}[/]", *counts, f"{data.labels}, task {data.task_id}", entry.summary)
-    console().print(table)
+    screen = console()
+    screen.print(table)
+    screen.print("\n[dim]Data that are not embedded lie under $PERDURE_DATA (default: data).[/]")
 
 
 @app.command()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from perdure.benchmarks import mini
+from perdure.benchmarks.class_incremental import HOMES, SETTINGS, class_incremental
 from perdure.core.registry import Registry
 from perdure.data.task import Stream
 
@@ -14,3 +16,5 @@ STREAMS.add(
 )
 STREAMS.add("mini-mtil-2", lambda: mini.multi_domain("II"), "The same eight domains in another order.")
 STREAMS.add("mini-cil", mini.class_incremental, "Sixty classes of drawings in ten steps, six new ones a step.")
+for name, (load, *_, summary) in SETTINGS.items():
+    STREAMS.add(name, partial(class_incremental, name), summary, home=HOMES[load.__name__])

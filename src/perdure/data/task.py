@@ -12,6 +12,7 @@ from torch import Tensor
 
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
+from perdure.data.files import Pixels, joined, take
 
 
 @dataclass(frozen=True)
@@ -27,27 +28,31 @@ class Class:
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images in memory. pixels: (N, 3, H, W) uint8; labels: (N,) int64, indices into the task's classes."""
+    """Labelled images. pixels: (N, 3, H, W) uint8, in memory or in files; labels: (N,) int64, indices into the classes."""
 
-    pixels: Tensor
+    pixels: Pixels
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, index: Tensor) -> Images:
+        """The images numbered ``index``."""
+        return Images(take(self.pixels, index), self.labels[index])
 
     def few(self, shots: int, generator: torch.Generator) -> Images:
         """``shots`` images a class, drawn; all of a class that has fewer."""
         order = torch.randperm(len(self), generator=generator)
         picks = [order[self.labels[order] == k][:shots] for k in self.labels.unique().tolist()]
         index = torch.cat(picks).sort().values
-        return Images(self.pixels[index], self.labels[index])
+        return self.take(index)
 
     def spread(self, most: int) -> Images:
         """At most ``most`` images, evenly spread over the order they lie in (by class, as a rule); 0: all."""
         if not most or len(self) <= most:
             return self
         index = torch.linspace(0, len(self) - 1, most).round().long()
-        return Images(self.pixels[index], self.labels[index])
+        return self.take(index)
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ class Stream:
         shift = torch.tensor([0, *sizes]).cumsum(0)
         sides = [
             Images(
-                torch.cat([getattr(t, side).pixels for t in self.tasks]),
+                joined([getattr(t, side).pixels for t in self.tasks]),
                 torch.cat([getattr(t, side).labels + shift[i] for i, t in enumerate(self.tasks)]),
             )
             for side in ("train", "test")
@@ -179,12 +184,12 @@ class Stream:
 class Query:
     """A question: which of ``classes`` does each image show?
 
-    images: (N, 3, H, W) uint8. ``task`` is the number of the task the images belong to, or None where it is hidden or the
-    images belong to none; only the protocol sets it. ``embedded`` (N, D): the images' unit embeddings, where they
-    are known already.
+    images: (N, 3, H, W) uint8, in memory or in files. ``task`` is the number of the task the images belong to, or None
+    where it is hidden or the images belong to none; only the protocol sets it. ``embedded`` (N, D): the images' unit
+    embeddings, where they are known already.
     """
 
-    images: Tensor
+    images: Pixels
     classes: Sequence[Class]
     task: int | None = None
     embedded: Tensor | None = None
@@ -192,7 +197,7 @@ class Query:
     def part(self, rows: Tensor) -> Query:
         """The images numbered ``rows``."""
         known = None if self.embedded is None else self.embedded[rows.to(self.embedded.device)]
-        return replace(self, images=self.images[rows], embedded=known)
+        return replace(self, images=take(self.images, rows), embedded=known)
 
     def parts(self, size: int) -> list[Query]:
         """The query, ``size`` images at a time."""

@@ -63,7 +63,7 @@ def gap(method: Method, stream: Stream, images: int = 256) -> dict[str, float] |
     if home.weights is not None:
         method.clip.become(home.name, home.weights)
     texts = method.clip.class_texts([c.prompts()[:1] for c in stream.probe.classes])
-    embedded = method.clip.encode_image(seen.pixels)
+    embedded = method.clip.encode_image(seen.pixels[:])
     return measure(embedded, texts, seen.labels.to(texts.device), method.clip.scale.item())
 
 

@@ -22,6 +22,7 @@ from perdure.core.errors import PerdureError
 from perdure.core.precision import precision_of
 from perdure.core.seeding import reseed
 from perdure.core.state import as_json, digest, only_one, write_json
+from perdure.data.splits import reordered
 from perdure.data.task import Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.evaluate import Protocol, evaluate, gap, per_cent, summarise
@@ -58,8 +59,13 @@ class Settings:
 
     shots: Annotated[int, Field(ge=0, description="training images a class, drawn by the seed (few-shot); 0: all")] = 0
 
+    class_order: Annotated[
+        str, Field(description="class-incremental: a seed, or a JSON file of class names; empty: the stream's own")
+    ] = ""
+
     def cut(self, stream: Stream, seed: int) -> Stream:
         """The part of ``stream`` that a run is to see."""
+        stream = reordered(stream, self.class_order) if self.class_order else stream
         return stream.shortened(self.tasks, self.images).few_shot(self.shots, seed)
 
     def settled(self, stream: Stream) -> Settings:

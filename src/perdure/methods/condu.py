@@ -34,6 +34,7 @@ from torch import Tensor
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
 from perdure.core.weights import Computed, Weights, check_alike
+from perdure.data.files import Pixels
 from perdure.data.task import Query, Surroundings, Task
 from perdure.data.transforms import random_resized_crop
 from perdure.methods.base import METHODS, Expert, Method, Recipe, Row, State, register
@@ -153,14 +154,15 @@ class ConDU(Method):
         pixels = task.train.pixels
         if self.config.prototype_images == "augmented":
             draw = torch.Generator().manual_seed(derive(self.around.seed, task.name, "crops of the prototypes"))
-            pixels = random_resized_crop(pixels.float() / 255, clip.size, draw)
+            whole = pixels[torch.arange(len(pixels))].float() / 255
+            pixels = random_resized_crop(whole, clip.size, draw)
         means, sizes = class_means(self.features(pixels), task.train.labels.to(clip.device), len(task.classes))
         if empty := [c.name for c, size in zip(task.classes, sizes.tolist(), strict=True) if not size]:
             self.around.warn(f"{task.name}: no training image of {', '.join(empty)}; the prototype is its text alone.")
         texts = torch.stack([clip.encode_text(c.prompts()).mean(0) for c in task.classes])
         return blend(means, texts)
 
-    def features(self, pixels: Tensor) -> Tensor:
+    def features(self, pixels: Pixels) -> Tensor:
         """(N, D) unit embeddings by the weights the model holds now."""
         return torch.cat([self.clip.encode_image(x) for x in pixels.split(256)])
 

@@ -31,6 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perdure.core.seeding import derive
+from perdure.data.files import Pixels
 from perdure.data.task import Batch, Class, Query, Task
 from perdure.methods.base import Method, Recipe, State, register
 from perdure.models.heads import CosineHead, mix, softmax
@@ -117,7 +118,7 @@ class MGCLIP(Method):
         return self.means(task.train.pixels, task.train.labels, task.classes)[1]
 
     @torch.no_grad()
-    def means(self, pixels: Tensor, labels: Tensor, classes: tuple[Class, ...]) -> tuple[float, float]:
+    def means(self, pixels: Pixels, labels: Tensor, classes: tuple[Class, ...]) -> tuple[float, float]:
         """The mean logits of right and wrong classes, each asked with its training prompt."""
         texts = self.clip.encode_text([c.prompts()[0] for c in classes])
         images = torch.cat([self.clip.encode_image(x) for x in pixels.split(256)])

@@ -20,6 +20,7 @@ from PIL import Image
 
 from perdure.core.errors import DamagedFile
 from perdure.core.state import read_bytes, read_json
+from perdure.data.splits import cut
 from perdure.data.task import Class, Images, Probe, Stream, Task
 
 ASSETS = Path(__file__).parent / "assets"
@@ -76,22 +77,10 @@ def class_incremental() -> Stream:
     about = manifest("class_incremental")
     train, test = read_side(about["train"]), read_side(about["test"])
     names = list(about["test"]["drawings"])
-    size = len(names) // about["steps"]
-    tasks = []
-    for index in range(about["steps"]):
-        chosen = about["order"][index * size : (index + 1) * size]
-        numbers = [names.index(c) for c in chosen]
-        classes = tuple(Class(c, tuple(about["templates"])) for c in chosen)
-        tasks.append(Task(f"step_{index + 1:02d}", classes, subset(train, numbers), subset(test, numbers), index))
-    return stream("mini-cil", tuple(tasks), "class_incremental", labels="seen", task_id="hidden")
-
-
-def subset(images: Images, numbers: list[int]) -> Images:
-    """The images of some classes, relabelled 0, 1, … in the order given."""
-    place = torch.full((int(images.labels.max()) + 1,), -1)
-    place[torch.tensor(numbers)] = torch.arange(len(numbers))
-    labels = place[images.labels]
-    return Images(images.pixels[labels >= 0], labels[labels >= 0])
+    order = [names.index(name) for name in about["order"]]
+    sizes = [len(names) // about["steps"]] * about["steps"]
+    tasks = cut(classes_of(about["test"], about["templates"]), train, test, order, sizes)
+    return stream("mini-cil", tasks, "class_incremental", labels="seen", task_id="hidden")
 
 
 @cache

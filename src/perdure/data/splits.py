@@ -1,0 +1,97 @@
+"""Classes cut into steps: class-incremental streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from perdure.core.errors import PerdureError, unknown
+from perdure.core.seeding import derive
+from perdure.core.state import as_json, digest, read_json
+from perdure.data.task import Class, Images, Stream, Task
+
+
+def sizes_of(classes: int, base: int, increment: int) -> list[int]:
+    """Step sizes: ``base`` classes, then ``increment`` a step. ``PerdureError`` where they do not come out even."""
+    if not (0 < base <= classes) or increment < 1 or (classes - base) % increment:
+        raise PerdureError(
+            f"{classes} classes cannot be cut into {base} and then {increment} a step. "
+            "Both must be at least 1, and what is left after the first step a multiple of the increment."
+        )
+    return [base, *[increment] * ((classes - base) // increment)]
+
+
+def cut(
+    classes: Sequence[Class], train: Images, test: Images, order: Sequence[int], sizes: Sequence[int]
+) -> tuple[Task, ...]:
+    """Tasks ``step_01`` …: the classes in ``order`` (indices into ``classes``), ``sizes[k]`` of them in step k + 1.
+
+    Raises ``PerdureError`` for an order that is no permutation, an empty step, and labels out of range.
+    """
+    count = len(classes)
+    if len(order) != count:
+        raise PerdureError(f"The class order has {len(order)} entries, but there are {count} classes.")
+    if sorted(order) != list(range(count)):
+        twice = sorted({k for k in order if list(order).count(k) > 1})
+        what = f"class {twice[0]} is in it twice" if twice else "it names classes that are not there"
+        raise PerdureError(f"The class order must hold each of 0 … {count - 1} once: {what}.")
+    if min(sizes, default=0) < 1 or sum(sizes) != count:
+        raise PerdureError(f"Steps of {list(sizes)} classes do not share out {count} classes, at least one a step.")
+    for side, images in (("training", train), ("test", test)):
+        if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < count:
+            raise PerdureError(f"Labels of {side} images must lie in 0 … {count - 1}.")
+    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    steps = [list(order[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+    return tuple(
+        Task(f"step_{k + 1:02d}", tuple(classes[n] for n in step), subset(train, step), subset(test, step), k)
+        for k, step in enumerate(steps)
+    )
+
+
+def subset(images: Images, numbers: Sequence[int]) -> Images:
+    """The images of some classes, relabelled 0, 1, … in the order given."""
+    place = torch.full((int(images.labels.max()) + 1 if len(images) else 0,), -1)
+    for new, old in enumerate(numbers):
+        if old < len(place):
+            place[old] = new
+    labels = place[images.labels]
+    chosen = (labels >= 0).nonzero().squeeze(1)
+    return replace(images.take(chosen), labels=labels[chosen])
+
+
+def reordered(stream: Stream, order: str) -> Stream:
+    """A class-incremental stream with its classes in another order, in steps of the same sizes: another split.
+
+    ``order``: a seed, or a JSON file with a list of class names. Raises ``PerdureError`` for anything else.
+    """
+    if stream.labels != "seen":
+        raise PerdureError(f"class_order={order}: {stream.name} is no class-incremental stream; its tasks are domains.")
+    whole = stream.joined(grouped=False)
+    numbers = read_order(order, [c.name for c in whole.classes])
+    tasks = cut(whole.classes, whole.train, whole.test, numbers, [len(t.classes) for t in stream.tasks])
+    identity = digest(as_json([stream.digest, numbers]))
+    return replace(stream, tasks=tasks, digest=identity)
+
+
+def read_order(order: str, names: Sequence[str]) -> list[int]:
+    """A class order from a seed or a JSON list of names → indices into ``names``, each once."""
+    if order.isdigit():
+        generator = torch.Generator().manual_seed(derive(int(order), "class order"))
+        return torch.randperm(len(names), generator=generator).tolist()
+    if not Path(order).is_file():
+        raise PerdureError(f"class_order={order} is neither a seed (a number) nor a file. Give one, or leave it out.")
+    found = read_json(Path(order))
+    if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
+        raise PerdureError(f"{order} must hold a JSON list of class names.")
+    if len(found) != len(names):
+        raise PerdureError(f"{order} lists {len(found)} classes, but the stream has {len(names)}.")
+    for name in found:
+        if name not in names:
+            raise unknown("class", name, names)
+        if found.count(name) > 1:
+            raise PerdureError(f"{order} lists the class '{name}' twice: a class belongs to one step.")
+    place = {name: k for k, name in enumerate(names)}
+    return [place[name] for name in found]
