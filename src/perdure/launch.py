@@ -295,12 +295,21 @@ def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
         **{k: v for k, v in first.items() if k not in dropped},
         **{k: float(v.mean()) for k, v in values.items()},
         **matrices,
+        "gap": mean_gaps([r.get("gap") or [] for r in runs]),
         "seed": [r["seed"] for r in runs],
         "std": {k: float(v.std(ddof=1)) for k, v in values.items()} if len(runs) > 1 else {},
         "intervals": {k: interval(v[picks].mean(1)) for k, v in values.items() if k in first["intervals"]},
         "peak_memory_mb": max(r["peak_memory_mb"] for r in runs),
         "runs": runs,
     }
+
+
+def mean_gaps(courses: list[list[dict[str, float] | None]]) -> list[dict[str, float] | None]:
+    """The modality gap after each task, as means over the seeds; None where a seed did not measure it."""
+    return [
+        {key: float(np.mean([g[key] for g in stage if g])) for key in stage[0]} if all(stage) and stage[0] else None
+        for stage in zip(*courses, strict=False)
+    ]
 
 
 def generate(

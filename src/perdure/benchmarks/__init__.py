@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from perdure.benchmarks import mini
-from perdure.benchmarks.class_incremental import HOMES, SETTINGS, class_incremental
+from perdure.benchmarks.class_incremental import HOMES, SETTINGS, load_stream
 from perdure.core.registry import Registry
 from perdure.data.task import Stream
 
@@ -17,4 +17,4 @@ STREAMS.add(
 STREAMS.add("mini-mtil-2", lambda: mini.multi_domain("II"), "The same eight domains in another order.")
 STREAMS.add("mini-cil", mini.class_incremental, "Sixty classes of drawings in ten steps, six new ones a step.")
 for name, (load, *_, summary) in SETTINGS.items():
-    STREAMS.add(name, partial(class_incremental, name), summary, home=HOMES[load.__name__])
+    STREAMS.add(name, partial(load_stream, name), summary, home=HOMES[load.__name__])

@@ -183,7 +183,7 @@ SETTINGS: dict[str, tuple[Callable[[Path], Loaded], int, int, str, str]] = {
 }
 
 
-def class_incremental(name: str) -> Stream:
+def load_stream(name: str) -> Stream:
     """The stream ``name`` of ``SETTINGS``. ``PerdureError`` where its data are not there."""
     load, base, increment, orders, summary = SETTINGS[name]
     names, train, test, identity = load(root())

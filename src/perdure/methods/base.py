@@ -179,7 +179,7 @@ class Method:
 
     def embed(self, query: Query) -> Tensor:
         """The query's images as unit embeddings (N, D), by the weights the model holds now."""
-        return self.clip.encode_image(query.images) if query.embedded is None else query.embedded
+        return self.clip.encode_image(query.images[:]) if query.embedded is None else query.embedded
 
     def conclude(self, query: Query, logits: Tensor) -> Tensor:
         """(N, C): the answer, made of Σ gate × logits over the experts and of the features of ``home``, ``query.embedded``."""

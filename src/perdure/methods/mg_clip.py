@@ -185,6 +185,8 @@ class MGCLIP(Method):
 
     def conclude(self, query: Query, logits: Tensor) -> Tensor:
         c = self.config
+        if not c.head:
+            return logits
         text = softmax(logits, 2 if c.softmax == "double" else 1)
         place = {(name, tuple(templates)): k for k, (name, templates) in enumerate(self.state.classes)}
         found = [(k, place[x.name, x.templates]) for k, x in enumerate(query.classes) if (x.name, x.templates) in place]

@@ -49,9 +49,10 @@ class Line:
 class Board:
     """One chart being drawn: a matplotlib figure in SVG units, and the tips of its points."""
 
-    def __init__(self, name: str, size: tuple[int, int]) -> None:
-        """name: unique in the page. size: width and height in SVG units."""
+    def __init__(self, name: str, size: tuple[int, int], unit: str = " %") -> None:
+        """name: unique in the page. size: width and height in SVG units. unit: of what is drawn, in the tips."""
         width, height = size
+        self.unit = unit
         self.name, self.tips = name, dict[str, str]()
         self.figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         self.axes = self.figure.add_axes((26 / width, 19 / height, 1 - 34 / width, 1 - 27 / height))
@@ -74,13 +75,13 @@ class Board:
         known = _known(line)
         if known:
             gid = f"level-{line.entry.index}"
-            self.tips[gid] = f"{line.entry.label} ({line.entry.reference}): {known[-1]:.1f} %"
+            self.tips[gid] = f"{line.entry.label} ({line.entry.reference}): {known[-1]:.1f}{self.unit}"
             ends = (0, len(line.entry.tasks))
             self.axes.plot(ends, known[-1:] * 2, color=paint, linewidth=1.3, linestyle=line.entry.style.dash, gid=gid)
 
     def _point(self, line: Line, stage: int, value: float, paint: str) -> None:
         gid = f"point-{line.entry.index}-{stage}"
-        self.tips[gid] = f"{line.entry.label}, {line.entry.stage(stage)}: {value:.1f} %"
+        self.tips[gid] = f"{line.entry.label}, {line.entry.stage(stage)}: {value:.1f}{self.unit}"
         learned = stage == line.learned
         shape, size, edge = (line.entry.style.marker, 7.0, svg.colour("ground")) if learned else ("o", 3.2, paint)
         self.axes.plot([stage], [value], shape, color=paint, markersize=size, markeredgecolor=edge, gid=gid, zorder=3)
@@ -180,6 +181,41 @@ def _course(name: str, title: str, lines: list[Line]) -> Chart:
     ends = [(line.entry.label, _known(line)) for line in lines]
     words = "; ".join(f"{label} from {values[0]:.1f} to {values[-1]:.1f}" for label, values in ends if values)
     return board.chart(title, f"{title} in per cent over the tasks: {words}.")
+
+
+GAPS = (
+    ("positive", "Mean logit of the right class", ""),
+    ("negative", "Mean logit of the wrong classes", ""),
+    ("angle", "Angle between images and texts", "°"),
+)
+
+
+def gaps(entries: list[Entry]) -> list[Chart]:
+    """The modality gap on the probe over the stages, where runs measured it."""
+    charts = []
+    with svg.settings():
+        for name, title, unit in GAPS:
+            lines = [Line(entry, _gap(entry, name)) for entry in entries]
+            if any(_known(line) for line in lines):
+                charts.append(_gap_chart(f"gap-{name}", title, unit, lines))
+    return charts
+
+
+def _gap(entry: Entry, name: str) -> list[Value]:
+    found = entry.run.get("gap")
+    return [number(mapping(stage).get(name)) for stage in found] if isinstance(found, list) else []
+
+
+def _gap_chart(name: str, title: str, unit: str, lines: list[Line]) -> Chart:
+    board = Board(name, MEDIUM, unit)
+    for line in lines:
+        board.line(line)
+    _stages(board.axes, max(len(line.entry.tasks) for line in lines), 16)
+    board.axes.margins(y=0.1)
+    board.axes.locator_params(axis="y", nbins=5)
+    ends = [(line.entry.label, _known(line)) for line in lines]
+    words = "; ".join(f"{label} from {values[0]:.2f} to {values[-1]:.2f}" for label, values in ends if values)
+    return board.chart(title, f"{title} over the tasks: {words}.")
 
 
 def losses(entries: list[Entry]) -> list[tuple[Chart, list[Term]]]:

@@ -53,6 +53,7 @@ def _context(entries: list[Entry]) -> dict[str, Any]:
         "swatches": [(entry, charts.swatch(entry)) for entry in entries],
         "tasks": charts.tasks(entries),
         "courses": charts.courses(entries),
+        "gaps": charts.gaps(entries),
         "losses": charts.losses(entries),
         "cost": _cost(entries),
         "settings": configuration.table(entries),
