@@ -22,9 +22,13 @@ lint: $(VENV)/.ready-dev
 bench: $(VENV)/.ready-dev
 	$(BIN)/python bench/train_loop.py
 	$(BIN)/python bench/gift_step.py
+	$(BIN)/python bench/condu_fusion.py
+	$(BIN)/python bench/head_features.py
 
 study: $(VENV)/.ready-dev
 	$(BIN)/python studies/gift.py
+	$(BIN)/python studies/condu.py
+	$(BIN)/python studies/mg_clip.py
 
 world: $(VENV)/.ready-dev
 	$(BIN)/python -m pip install -q -r recipes/mini/requirements.txt

@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once: large tensors on huge pages, a tenth faster
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "resume", "run"]
 
