@@ -44,5 +44,5 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation."""
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.1f}"
+    """Mean ± standard deviation; of one value, the value."""
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")

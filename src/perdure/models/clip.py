@@ -210,7 +210,8 @@ class CLIP(nn.Module):
 
         plain = CLIPModel(self.backbone.config)
         plain.load_state_dict(self.weights(), strict=False)
-        plain.save_pretrained(folder)
+        with quiet():
+            plain.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         AutoImageProcessor.from_pretrained(self.path).save_pretrained(folder)
 
