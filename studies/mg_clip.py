@@ -83,7 +83,8 @@ def table(runs: Path, seeds: int, jobs: int) -> None:
     """Class-incremental: accuracy over the classes seen so far, the task hidden."""
     train(runs, CIL, ROWS, seeds, jobs)
     lines = [
-        f"| {CIL}, {seeds} seeds (combinations: one) | average over steps | last step | forgetting | probe, after | negative mean moved by |",
+        f"| {CIL}, {seeds} seeds (combinations: one) | average over steps | last step | forgetting | probe, after "
+        "| negative mean moved by |",
         "|---|---|---|---|---|---|",
     ]
     for row in ROWS:
