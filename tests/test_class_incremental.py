@@ -1,6 +1,7 @@
 """Class-incremental streams: classes cut into steps, orders, data in their usual places, input that is wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,17 @@ def test_classes_are_cut_in_the_order_given() -> None:
 def test_orders_and_steps_that_do_not_fit(order: list[int], sizes: list[int], said: str) -> None:
     with pytest.raises(PerdureError, match=said):
         cut(CLASSES, images(), images(), order, sizes)
+
+
+def test_a_class_in_two_steps_and_a_step_without_images() -> None:
+    twice = (*CLASSES[:5], CLASSES[0])
+    with pytest.raises(PerdureError, match="two classes of the name 'a'"):
+        cut(twice, images(), images(), range(6), [3, 3])
+    with pytest.raises(PerdureError, match=r"step_02 .* has no test images"):
+        cut(CLASSES, images(), images(3), range(6), [3, 3])
+    step = mini.class_incremental().tasks[0]
+    with pytest.raises(PerdureError, match="is in two steps of again"):
+        Stream("again", (step, replace(step, name="b")), None, "", "", labels="seen")
 
 
 def test_labels_out_of_range_and_uneven_steps() -> None:
@@ -126,7 +138,7 @@ def test_vtab_from_folders_learns_and_is_read_as_needed(home: Path) -> None:
     third = stream.tasks[2]
     assert third.train.pixels[:].shape == (20, 3, 224, 224) and int(third.train.pixels[:][-1].float().mean()) == 29 * 5
     metrics = perdure.run(
-        "ncm", "vtab-5", home / "run", model=str(mini.MODEL), tasks=2, images=8, labels="seen", class_order="1"
+        "ncm", "vtab-5", home / "run", model=str(mini.MODEL), tasks=2, images=8, labels="seen", class_order=1
     )
     assert metrics["finished"] and metrics["incremental_last"] is not None
     draw(home / "vtab" / "train" / "class_00" / "new.png", 1)
@@ -185,6 +197,14 @@ def test_data_that_are_not_there_or_not_images(home: Path) -> None:
     draw(home / "vtab" / "train" / "b" / "0.png", 1)
     with pytest.raises(PerdureError, match="'b' is in only one of train and test"):
         STREAMS["vtab-5"].value()
+    (home / "CUB_200_2011").mkdir()
+    with pytest.raises(DamagedFile, match=r"lists in .*CUB_200_2011"):
+        STREAMS["cub200-10"].value()
+    draw(home / "imagenet100" / "train" / "n01440764" / "0.png", 1)
+    with pytest.raises(PerdureError, match="another hundred classes"):
+        STREAMS["imagenet100-10"].value()
+    with pytest.raises(PerdureError, match="share=1"):
+        class_incremental.write_split(home, 1.0, 0)
     (home / "broken.png").write_bytes(b"no picture")
     with pytest.raises(DamagedFile, match=r"broken\.png is no image"):
         Files((home / "broken.png",), 8)[:]

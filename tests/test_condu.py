@@ -161,6 +161,17 @@ def test_factors_without_adapters_are_refused() -> None:
         perdure.run("condu", "mini-mtil", "never", lora_unify="factors")
 
 
+def test_nothing_left_of_random_factors_is_the_pretrained_model(clip: CLIP, stream: Stream) -> None:
+    reseed(0)
+    method = ConDU(adapt="lora", lora_unify="factors", lora_rank=2, lora_init="random")
+    method.bind(clip)
+    method.start(stream.tasks[0])
+    method.fuse(stream.tasks[0])  # not trained: no factor has changed
+    assert all(torch.equal(w, clip.pretrained[n]) for n, w in method.decoupled(0).items())
+    with pytest.raises(PerdureError, match="unified already"):
+        method.fuse(stream.tasks[0])
+
+
 def test_random_adapters_are_not_the_pretrained_model(clip: CLIP) -> None:
     clip.adapt(4, 16.0, ("fc1",), "both", "random")
     assert clip.holds != "pretrained"

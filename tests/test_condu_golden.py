@@ -128,7 +128,7 @@ def test_prototypes_and_rescalers_are_the_release_s() -> None:
         prototypes = method.state.prototypes[f"Task{n}"]
         assert torch.allclose(prototypes, t[f"prototypes/{n}"], rtol=0, atol=allowed["prototypes_abs"])
     assert method.state.rescaler == pytest.approx(about["rescalers_session2"], rel=1e-5)
-    features = method.features(t["test_images"])
+    features = method.clip.features(t["test_images"])
     nearness = torch.stack([best_similarity(features, p) for p in method.state.prototypes.values()], 1)
     assert torch.allclose(nearness, t["similarities"], rtol=0, atol=allowed["similarities_abs"])
 

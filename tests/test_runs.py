@@ -65,6 +65,8 @@ def assert_same_run(a: Path, b: Path) -> None:
         "wise_ft",
         "individual adapt=lora",
         "condu",
+        "condu+mg_clip",
+        "mg_clip",
         "gift synthetic=12 sampling_steps=2 sampling_batch=4",
     ],
 )

@@ -289,8 +289,10 @@ def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     scalars = [k for k, v in first.items() if isinstance(v, float) and all(r[k] is not None for r in runs)]
     values = {k: np.array([r[k] for r in runs], dtype=np.float64) for k in scalars}
     picks = np.random.default_rng(0).integers(len(runs), size=(1000, len(runs)))
-    matrices = {k: np.mean([r[k] for r in runs], axis=0).tolist() for k in ("accuracy", "probe") if first[k]}
-    dropped = ("accuracy_interval", "probe_interval", "losses", "seconds_by_task", "incremental")
+    matrices = {
+        k: np.mean([r[k] for r in runs], axis=0).tolist() for k in ("accuracy", "probe", "incremental") if first[k]
+    }
+    dropped = ("accuracy_interval", "probe_interval", "losses", "seconds_by_task")
     return {
         **{k: v for k, v in first.items() if k not in dropped},
         **{k: float(v.mean()) for k, v in values.items()},
@@ -390,6 +392,7 @@ def export(folder: Path, out: Path, task: int | None = None) -> str:
     saved = read_task(folders[-1 if task is None or one_of_many else task], tensors=True)
     saved.restore(method)
     if not one_of_many:
+        method.wear(method.home())
         clip.save(out)
         return f"The model after {saved.record['task']}"
     assert task is not None

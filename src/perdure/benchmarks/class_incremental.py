@@ -9,9 +9,10 @@ name, label and the order. No split is drawn silently: where a data set comes wi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,13 +20,14 @@ from typing import Any
 
 import torch
 
-from perdure.core.errors import PerdureError
+from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.state import as_json, digest, read_json, write_json
 from perdure.data.files import Files
 from perdure.data.splits import cut, sizes_of
 from perdure.data.task import Class, Images, Stream
 
 MODEL, TEMPLATE, SIDE = "openai/clip-vit-base-patch16", "a good photo of a {}.", 224
+FIRST_HUNDRED = ("n01440764", "n01855672")
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 HOMES = {
     "cifar100": "cifar-100-python, fetched by torchvision where it can",
@@ -61,6 +63,15 @@ def pictures(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
 
 
+@contextlib.contextmanager
+def reading(home: Path) -> Iterator[None]:
+    """The lists that come with a data set: one that is missing, cut short or of another form is said so."""
+    try:
+        yield
+    except (KeyError, IndexError, ValueError, TypeError, OSError) as error:
+        raise DamagedFile(f"The lists in {home} are not those of the data set ({error}). Unpack it again.") from None
+
+
 def labelled(base: Path, listed: Sequence[tuple[Path, int]]) -> tuple[Images, list[Any]]:
     """Images of files with their labels, and what identifies them."""
     labels = torch.tensor([label for _, label in listed], dtype=torch.long)
@@ -78,7 +89,7 @@ def by_folder(base: Path, what: str, sides: tuple[str, str], names: Sequence[str
         raise PerdureError(f"{base / sides[0]} holds {len(found[0])} class folders; {what} has {len(names)} classes.")
     lists = [[(p, k) for k, c in enumerate(found[0]) for p in pictures(base / side / c)] for side in sides]
     (train, one), (test, two) = (labelled(base, listed) for listed in lists)
-    return list(names or found[0]), train, test, digest(as_json([one, two]))
+    return list(names or [c.replace("_", " ") for c in found[0]]), train, test, digest(as_json([one, two]))
 
 
 @cache
@@ -98,6 +109,12 @@ def cifar100(base: Path) -> Loaded:
 
 @cache
 def imagenet100(base: Path) -> Loaded:
+    folders = sorted(p.name for p in there(base / "imagenet100" / "train", "imagenet100").iterdir() if p.is_dir())
+    if folders[:1] + folders[-1:] != [*FIRST_HUNDRED]:
+        raise PerdureError(
+            f"{base / 'imagenet100'} holds another hundred classes than the published ImageNet-100, which is the first "
+            f"hundred of ImageNet: {FIRST_HUNDRED[0]} (tench) to {FIRST_HUNDRED[1]} (goose)."
+        )
     return by_folder(base / "imagenet100", "imagenet100", ("train", "val"), published()["classnames"]["imagenet100"])
 
 
@@ -113,7 +130,8 @@ def imagenet_r(base: Path) -> Loaded:
             f"\"from perdure.benchmarks.class_incremental import write_split; write_split('{home}', 0.8, 42)\""
         )
     split = read_json(home / "split.json")
-    classes = sorted({Path(p).parts[0] for side in ("train", "test") for p in split[side]})
+    with reading(home):
+        classes = sorted({Path(p).parts[0] for side in ("train", "test") for p in split[side]})
     if len(classes) != len(names):
         raise PerdureError(f"{home / 'split.json'} names {len(classes)} classes; ImageNet-R has {len(names)}.")
     lists = [[(home / p, classes.index(Path(p).parts[0])) for p in split[side]] for side in ("train", "test")]
@@ -124,6 +142,8 @@ def imagenet_r(base: Path) -> Loaded:
 def write_split(folder: str | Path, share: float, seed: int) -> Path:
     """Draw a split of a folder a class by ``seed``, ``share`` of each class for training, and write ``split.json``."""
     home = Path(folder)
+    if not 0 < share < 1:
+        raise PerdureError(f"share={share}: the share for training lies between 0 and 1, both sides need images.")
     if (home / "split.json").exists():
         raise PerdureError(f"{home / 'split.json'} exists. Remove it first if another split is wanted.")
     generator = torch.Generator().manual_seed(seed)
@@ -142,12 +162,13 @@ def write_split(folder: str | Path, share: float, seed: int) -> Path:
 def tiny_imagenet(base: Path) -> Loaded:
     home = there(base / "tiny-imagenet-200", "tiny_imagenet")
     ids = sorted(p.name for p in (home / "train").iterdir() if p.is_dir())
-    words = dict(line.split("\t", 1) for line in (home / "words.txt").read_text().splitlines() if "\t" in line)
-    names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in ids]
-    place = {wnid: k for k, wnid in enumerate(ids)}
-    train = [(p, k) for k, wnid in enumerate(ids) for p in pictures(home / "train" / wnid)]
-    notes = [line.split("\t")[:2] for line in (home / "val" / "val_annotations.txt").read_text().splitlines() if line]
-    test = sorted((home / "val" / "images" / name, place[wnid]) for name, wnid in notes)
+    with reading(home):
+        words = dict(line.split("\t", 1) for line in (home / "words.txt").read_text().splitlines() if "\t" in line)
+        names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in ids]
+        place = {wnid: k for k, wnid in enumerate(ids)}
+        train = [(p, k) for k, wnid in enumerate(ids) for p in pictures(home / "train" / wnid)]
+        notes = [line.split("\t") for line in (home / "val" / "val_annotations.txt").read_text().splitlines() if line]
+        test = sorted((home / "val" / "images" / note[0], place[note[1]]) for note in notes)
     (one, a), (two, b) = labelled(home, train), labelled(home, test)
     return names, one, two, digest(as_json([a, b]))
 
@@ -155,12 +176,19 @@ def tiny_imagenet(base: Path) -> Loaded:
 @cache
 def cub200(base: Path) -> Loaded:
     home = there(base / "CUB_200_2011", "cub200")
-    read = lambda name: [line.split(" ", 1) for line in (home / name).read_text().splitlines() if line]  # noqa: E731
-    names = [n.split(".", 1)[-1].replace("_", " ") for _, n in read("classes.txt")]
-    labels, training = dict(read("image_class_labels.txt")), dict(read("train_test_split.txt"))
-    listed = [(home / "images" / path, int(labels[k]) - 1, training[k] == "1") for k, path in read("images.txt")]
+    with reading(home):
+        names = [name.split(".", 1)[-1].replace("_", " ") for _, name in numbered(home / "classes.txt")]
+        labels = dict(numbered(home / "image_class_labels.txt"))
+        training = dict(numbered(home / "train_test_split.txt"))
+        paths = numbered(home / "images.txt")
+        listed = [(home / "images" / path, int(labels[k]) - 1, training[k] == "1") for k, path in paths]
     (one, a), (two, b) = (labelled(home, [(p, y) for p, y, t in listed if t == side]) for side in (True, False))
     return names, one, two, digest(as_json([a, b]))
+
+
+def numbered(path: Path) -> list[tuple[str, str]]:
+    """The lines ``number value`` of a file."""
+    return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in path.read_text().splitlines() if line]
 
 
 @cache

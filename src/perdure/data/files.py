@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile
@@ -46,7 +46,7 @@ class Files:
         try:
             with Image.open(path) as picture:
                 picture = picture.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
             raise DamagedFile(f"{path} is no image that can be read: {error}.") from None
         factor = self.side / min(picture.size)
         wide, tall = (max(self.side, round(x * factor)) for x in picture.size)

@@ -29,7 +29,8 @@ def cut(
 ) -> tuple[Task, ...]:
     """Tasks ``step_01`` …: the classes in ``order`` (indices into ``classes``), ``sizes[k]`` of them in step k + 1.
 
-    Raises ``PerdureError`` for an order that is no permutation, an empty step, and labels out of range.
+    Raises ``PerdureError`` for an order that is no permutation, a class in two steps, a step without classes or images, and
+    labels out of range.
     """
     count = len(classes)
     if len(order) != count:
@@ -43,12 +44,20 @@ def cut(
     for side, images in (("training", train), ("test", test)):
         if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < count:
             raise PerdureError(f"Labels of {side} images must lie in 0 … {count - 1}.")
+    for k, one in enumerate(classes):
+        if one in classes[:k]:
+            raise PerdureError(f"There are two classes of the name '{one.name}': a class belongs to one step.")
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
     steps = [list(order[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
-    return tuple(
+    tasks = tuple(
         Task(f"step_{k + 1:02d}", tuple(classes[n] for n in step), subset(train, step), subset(test, step), k)
         for k, step in enumerate(steps)
     )
+    for task in tasks:
+        if not len(task.train) or not len(task.test):
+            side = "test" if len(task.train) else "training"
+            raise PerdureError(f"{task.name} ({', '.join(c.name for c in task.classes[:3])}, …) has no {side} images.")
+    return tasks
 
 
 def subset(images: Images, numbers: Sequence[int]) -> Images:
@@ -78,7 +87,7 @@ def reordered(stream: Stream, order: str) -> Stream:
 
 def read_order(order: str, names: Sequence[str]) -> list[int]:
     """A class order from a seed or a JSON list of names → indices into ``names``, each once."""
-    if order.isdigit():
+    if order.isdecimal():
         generator = torch.Generator().manual_seed(derive(int(order), "class order"))
         return torch.randperm(len(names), generator=generator).tolist()
     if not Path(order).is_file():

@@ -74,7 +74,7 @@ class Task:
     def __post_init__(self) -> None:
         for images in (self.train, self.test):
             if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < len(self.classes):
-                raise ValueError(f"task {self.name}: labels must lie in 0 … {len(self.classes) - 1}")
+                raise PerdureError(f"Task {self.name}: labels must lie in 0 … {len(self.classes) - 1}.")
 
     def prompts(self) -> list[str]:
         """One prompt a class, from its training template."""
@@ -146,6 +146,11 @@ class Stream:
         names = [t.name for t in self.tasks]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise PerdureError(f"The stream {self.name} has two tasks of the name '{twice[0]}'. Give each its own.")
+        seen: set[Class] = set()
+        for one in (c for t in self.tasks for c in t.classes if self.labels == "seen"):
+            if one in seen:
+                raise PerdureError(f"The class '{one.name}' is in two steps of {self.name}: a class belongs to one.")
+            seen.add(one)
 
     def few_shot(self, shots: int, seed: int) -> Stream:
         """``shots`` training images a class, drawn by the seed; 0: all. Another split."""

@@ -75,7 +75,8 @@ def save_task(
             if key in kept and isinstance(tensors, Once):
                 written[key] = kept[key]
                 continue
-            path = f"{key.replace(' ', '-').replace('/', '-')}.safetensors"
+            path = f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', key)}.safetensors"
+            path = free_name(beside / path).name  # two tasks' names may differ in such characters alone
             data = save({n: t.detach().cpu().contiguous() for n, t in sorted(tensors.items())})
             written[key] = {"path": f"{name}/{path}", "sha256": write_bytes(beside / path, data), "bytes": len(data)}
         record = {**record, "values": values, "files": written}

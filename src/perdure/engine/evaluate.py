@@ -54,16 +54,14 @@ def evaluate(method: Method, stream: Stream, protocol: Protocol, seen: int) -> d
 
 
 @torch.no_grad()
-def gap(method: Method, stream: Stream, images: int = 256) -> dict[str, float] | None:
-    """The modality gap on ``images`` images of the probe, by the weights whose features a head would stand on; None
-    without a probe."""
-    if stream.probe is None:
-        return None
-    home, seen = method.home(), stream.probe.test.spread(images)
-    if home.weights is not None:
-        method.clip.become(home.name, home.weights)
-    texts = method.clip.class_texts([c.prompts()[:1] for c in stream.probe.classes])
-    embedded = method.clip.encode_image(seen.pixels[:])
+def gap(method: Method, stream: Stream, images: int = 256) -> dict[str, float]:
+    """The modality gap on ``images`` images of the probe (of all tasks' test images, where a stream has no probe), by
+    the weights whose features a head would stand on."""
+    asked = stream.probe or stream.joined(grouped=False)
+    seen = asked.test.spread(images)
+    method.wear(method.home())
+    texts = method.clip.class_texts([c.prompts()[:1] for c in asked.classes])
+    embedded = method.clip.features(seen.pixels)
     return measure(embedded, texts, seen.labels.to(texts.device), method.clip.scale.item())
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
@@ -60,7 +60,9 @@ class Settings:
     shots: Annotated[int, Field(ge=0, description="training images a class, drawn by the seed (few-shot); 0: all")] = 0
 
     class_order: Annotated[
-        str, Field(description="class-incremental: a seed, or a JSON file of class names; empty: the stream's own")
+        str,
+        BeforeValidator(str),
+        Field(description="class-incremental: a seed, or a JSON file of class names; empty: the stream's own"),
     ] = ""
 
     def cut(self, stream: Stream, seed: int) -> Stream:
@@ -78,6 +80,7 @@ class Settings:
             model=str(Path(self.model).resolve())
             if Path(self.model).is_dir() and self.model
             else self.model or "stream",
+            class_order=str(Path(self.class_order).resolve()) if Path(self.class_order).is_file() else self.class_order,
             labels=stream.labels if self.labels == "stream" else self.labels,  # type: ignore[arg-type]
             task_id=stream.task_id if self.task_id == "stream" else self.task_id,  # type: ignore[arg-type]
             precision=precision_of(self.precision, device),  # type: ignore[arg-type]

@@ -34,7 +34,6 @@ from torch import Tensor
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
 from perdure.core.weights import Computed, Weights, check_alike
-from perdure.data.files import Pixels
 from perdure.data.task import Query, Surroundings, Task
 from perdure.data.transforms import random_resized_crop
 from perdure.methods.base import METHODS, Expert, Method, Recipe, Row, State, register
@@ -110,6 +109,8 @@ class ConDU(Method):
 
     def fuse(self, task: Task) -> None:
         state, tuned = self.state, self.tuned()
+        if task.name in state.order:
+            raise PerdureError(f"The task '{task.name}' is unified already: give each task a name of its own.")
         check_alike(self.origin, tuned)
         known = [(state.trigger[name], r) for name, r in zip(state.order, state.rescaler, strict=True)]
         unified: dict[str, Tensor] = {}
@@ -123,7 +124,7 @@ class ConDU(Method):
         state.rescaler = fusion.unify(self.origin, tuned, state.unified, known, keep)
         state.order, state.unified, state.trigger = list(triggers), unified, triggers
         for name, trigger in triggers.items():
-            if not any(bits.any() for bits in trigger.values()):
+            if not left(trigger):
                 self.around.warn(
                     f"Nothing is left of task {name}: it changed no weight, or the other tasks outvoted it everywhere. "
                     "The pre-trained model answers for it."
@@ -132,11 +133,15 @@ class ConDU(Method):
 
     def tuned(self) -> Weights:
         """θᵗ: the weights as training left them."""
-        return lora.factors(self.clip.backbone) if self.unifies_factors else self.clip.weights()
+        if self.unifies_factors:
+            return lora.factors(self.clip.backbone)
+        return self.clip.weights() if self.factors else lora.plain(self.clip.backbone)  # a copy only where it must be
 
     def decoupled(self, number: int) -> Weights:
         """The expert of the task learned as number 0, 1, …: plain weights, made tensor by tensor as they are asked for."""
         s, name = self.state, self.state.order[number]
+        if not left(s.trigger[name]):
+            return self.clip.pretrained
         tensor = partial(
             fusion.expert, self.origin, unified=s.unified, bits=s.trigger[name], rescaler=s.rescaler[number]
         )
@@ -151,20 +156,16 @@ class ConDU(Method):
         """(C, D): each class's place between its training images and its prompts, in θ⁰'s feature space."""
         clip = self.clip
         clip.become("pretrained", clip.pretrained)
-        pixels = task.train.pixels
+        parts = task.train.pixels.split(256)
         if self.config.prototype_images == "augmented":
             draw = torch.Generator().manual_seed(derive(self.around.seed, task.name, "crops of the prototypes"))
-            whole = pixels[torch.arange(len(pixels))].float() / 255
-            pixels = random_resized_crop(whole, clip.size, draw)
-        means, sizes = class_means(self.features(pixels), task.train.labels.to(clip.device), len(task.classes))
+            parts = (random_resized_crop(x.float() / 255, clip.size, draw) for x in parts)
+        features = torch.cat([clip.encode_image(x) for x in parts])
+        means, sizes = class_means(features, task.train.labels.to(clip.device), len(task.classes))
         if empty := [c.name for c, size in zip(task.classes, sizes.tolist(), strict=True) if not size]:
             self.around.warn(f"{task.name}: no training image of {', '.join(empty)}; the prototype is its text alone.")
         texts = torch.stack([clip.encode_text(c.prompts()).mean(0) for c in task.classes])
         return blend(means, texts)
-
-    def features(self, pixels: Pixels) -> Tensor:
-        """(N, D) unit embeddings by the weights the model holds now."""
-        return torch.cat([self.clip.encode_image(x) for x in pixels.split(256)])
 
     # ---- answering
 
@@ -172,20 +173,25 @@ class ConDU(Method):
         return Expert("pretrained", self.clip.pretrained)
 
     def experts(self, query: Query) -> Sequence[Expert]:
-        s, pretrained = self.state, self.clip.pretrained
+        s, clip, pretrained = self.state, self.clip, self.clip.pretrained
         names = [f"{name}, decoupled from {len(s.order)}" for name in s.order]
         if query.task is not None and query.task < len(s.order):
             return (Expert(names[query.task], self.decoupled(query.task)),)
         if not s.order or not self.config.experts:
             return (Expert("pretrained", pretrained),)
-        self.clip.become("pretrained", pretrained)
-        features = self.features(query.images) if query.embedded is None else query.embedded
+        clip.become("pretrained", pretrained)
+        features = clip.features(query.images) if query.embedded is None else query.embedded
         nearness = torch.stack([best_similarity(features, s.prototypes[name]) for name in s.order], dim=1)
         gates = fusion.shares(nearness, self.config.experts, self.config.weighting)
         return (
             Expert("pretrained", pretrained, gates[:, 0], features),
             *(Expert(name, self.decoupled(k), gates[:, k + 1]) for k, name in enumerate(names)),
         )
+
+
+def left(trigger: Weights) -> bool:
+    """Whether a task keeps anything of the unified delta."""
+    return any(bool(bits.any()) for bits in trigger.values())
 
 
 METHODS.add(

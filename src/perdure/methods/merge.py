@@ -80,10 +80,10 @@ class Merge(Method):
         merged = dict(origin)
         for name in floating(origin):
             delta = tuned[name] - origin[name]
-            before = state.total.get(name, torch.zeros_like(delta))
             if rule == "ties":
                 joint = self.elected(name, trimmed(delta, self.config.density))
             else:
+                before = state.total.get(name, torch.zeros_like(delta))
                 joint = before + delta if rule == "sum" else torch.where(delta.abs() > before.abs(), delta, before)
                 state.total[name] = joint
             merged[name] = origin[name] + self.config.scale * joint

@@ -22,7 +22,7 @@ hundredth that changes once an epoch, rows that start from the mean of the class
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -34,7 +34,7 @@ from perdure.core.seeding import derive
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Class, Query, Task
 from perdure.methods.base import Method, Recipe, State, register
-from perdure.models.heads import CosineHead, mix, softmax
+from perdure.models.heads import CosineHead, mix, places, softmax
 from perdure.ops.gap import logit_means, relative_change
 from perdure.ops.losses import classification
 from perdure.ops.prototypes import class_means
@@ -121,7 +121,7 @@ class MGCLIP(Method):
     def means(self, pixels: Pixels, labels: Tensor, classes: tuple[Class, ...]) -> tuple[float, float]:
         """The mean logits of right and wrong classes, each asked with its training prompt."""
         texts = self.clip.encode_text([c.prompts()[0] for c in classes])
-        images = torch.cat([self.clip.encode_image(x) for x in pixels.split(256)])
+        images = self.clip.features(pixels)
         size = self.config.batch_size if self.config.gap_mean == "batches" else None
         return logit_means(self.clip.similarity(images, texts), labels.to(images.device), size)
 
@@ -153,20 +153,20 @@ class MGCLIP(Method):
     def calibrate(self, task: Task) -> None:
         if not self.config.head:
             return
-        with torch.no_grad():
-            features = torch.cat([self.clip.encode_image(x) for x in task.train.pixels.split(256)])
-        labels = task.train.labels.to(features.device)
-        rows, _ = class_means(features, labels, len(task.classes))
+        features, labels = self.clip.features(task.train.pixels), task.train.labels.to(self.clip.device)
+        rows, sizes = class_means(features, labels, len(task.classes))
+        there = sizes > 0  # a class without images gets no row: its text answers for it
+        rows, labels = rows[there], (there.cumsum(0) - 1)[labels]
         learner = HeadLearner(CosineHead(rows), self.config)
         order = torch.Generator().manual_seed(derive(self.around.seed, task.name, "order of the head's features"))
         draws = (Batch(features[i], labels[i]) for i in batches(len(labels), self.config.head_batch, order))
         optimise(learner, learner.plan(len(labels)), draws, self.clip.device)
-        self.keep(task.classes, learner.head.rows.detach())
+        self.keep([c for c, t in zip(task.classes, there.tolist(), strict=True) if t], learner.head.rows.detach())
 
-    def keep(self, classes: tuple[Class, ...], rows: Tensor) -> None:
+    def keep(self, classes: Sequence[Class], rows: Tensor) -> None:
         """Add rows to the head; a class that has one already gets the new one."""
         state = self.state
-        known = {(name, tuple(templates)): k for k, (name, templates) in enumerate(state.classes)}
+        known = places(state.classes)
         old = state.head.get("rows", rows[:0]).clone()
         fresh = []
         for one, row in zip(classes, rows, strict=True):
@@ -188,7 +188,7 @@ class MGCLIP(Method):
         if not c.head:
             return logits
         text = softmax(logits, 2 if c.softmax == "double" else 1)
-        place = {(name, tuple(templates)): k for k, (name, templates) in enumerate(self.state.classes)}
+        place = places(self.state.classes)
         found = [(k, place[x.name, x.templates]) for k, x in enumerate(query.classes) if (x.name, x.templates) in place]
         if not found or query.embedded is None:
             return text

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perdure.data.task import Query, Task
 from perdure.methods.base import Method, State, register
-from perdure.models.heads import CosineHead
+from perdure.models.heads import CosineHead, places
 from perdure.ops.prototypes import class_means
 from perdure.training.fit import Schedule
 
@@ -38,9 +38,8 @@ class NearestClassMean(Method):
     def schedule(self, task: Task) -> Schedule:
         return Schedule(steps=0, lr=0.0, warmup=0, batch_size=1)
 
-    @torch.no_grad()
     def calibrate(self, task: Task) -> None:
-        features = torch.cat([self.clip.encode_image(x) for x in task.train.pixels.split(256)])
+        features = self.clip.features(task.train.pixels)
         means, sizes = class_means(features, task.train.labels.to(features.device), len(task.classes))
         there = sizes > 0
         old = self.state.means.get("means", means[:0])
@@ -48,14 +47,12 @@ class NearestClassMean(Method):
         named = [[c.name, list(c.templates)] for c in task.classes]
         self.state.classes = [*self.state.classes, *(n for n, s in zip(named, there.tolist(), strict=True) if s)]
 
-    def logits(self, query: Query) -> Tensor:
-        place = {(name, tuple(templates)): k for k, (name, templates) in enumerate(self.state.classes)}
+    def conclude(self, query: Query, logits: Tensor) -> Tensor:
+        place = places(self.state.classes)
         rows = [place.get((c.name, c.templates)) for c in query.classes]
         known = [k for k, row in enumerate(rows) if row is not None]
-        if not known:
-            return super().logits(query)
-        features = self.embed(query)
-        out = torch.full((len(features), len(rows)), -1.0, device=features.device)  # the lowest cosine
-        head = CosineHead(self.state.means["means"][[row for row in rows if row is not None]])
-        out[:, known] = head(features)
+        if not known or query.embedded is None:
+            return logits
+        out = torch.full_like(logits, -1.0)  # the lowest cosine
+        out[:, known] = CosineHead(self.state.means["means"][[r for r in rows if r is not None]])(query.embedded)
         return out

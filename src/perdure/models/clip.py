@@ -108,6 +108,11 @@ class CLIP(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return F.normalize(self.backbone.visual_projection(hidden.float()), dim=-1)
 
+    def features(self, pixels: Any, size: int = 256) -> Tensor:
+        """``encode_image`` of many images (N, 3, H, W), in memory or in files, ``size`` at a time, without gradients."""
+        with torch.no_grad():
+            return torch.cat([self.encode_image(x) for x in pixels.split(size)])
+
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Unit text embeddings (N, D) in fp32, of token ids (N, L)."""
         hidden = self.backbone.text_model(input_ids=ids).pooler_output

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +19,11 @@ class CosineHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=1) @ F.normalize(self.rows, dim=1).T
+
+
+def places(kept: Sequence[Sequence[Any]]) -> dict[tuple[str, tuple[str, ...]], int]:
+    """The number of the row of each class, by name and templates, of rows that are kept as [name, templates]."""
+    return {(name, tuple(templates)): row for row, (name, templates) in enumerate(kept)}
 
 
 def mix(text: Tensor, visual: Tensor, columns: Tensor, a: float, b: float) -> Tensor:

@@ -52,7 +52,7 @@ class Board:
     def __init__(self, name: str, size: tuple[int, int], unit: str = " %") -> None:
         """name: unique in the page. size: width and height in SVG units. unit: of what is drawn, in the tips."""
         width, height = size
-        self.unit = unit
+        self.unit, self.digits = unit, 1 if unit == " %" else 2
         self.name, self.tips = name, dict[str, str]()
         self.figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         self.axes = self.figure.add_axes((26 / width, 19 / height, 1 - 34 / width, 1 - 27 / height))
@@ -75,13 +75,13 @@ class Board:
         known = _known(line)
         if known:
             gid = f"level-{line.entry.index}"
-            self.tips[gid] = f"{line.entry.label} ({line.entry.reference}): {known[-1]:.1f}{self.unit}"
+            self.tips[gid] = f"{line.entry.label} ({line.entry.reference}): {known[-1]:.{self.digits}f}{self.unit}"
             ends = (0, len(line.entry.tasks))
             self.axes.plot(ends, known[-1:] * 2, color=paint, linewidth=1.3, linestyle=line.entry.style.dash, gid=gid)
 
     def _point(self, line: Line, stage: int, value: float, paint: str) -> None:
         gid = f"point-{line.entry.index}-{stage}"
-        self.tips[gid] = f"{line.entry.label}, {line.entry.stage(stage)}: {value:.1f}{self.unit}"
+        self.tips[gid] = f"{line.entry.label}, {line.entry.stage(stage)}: {value:.{self.digits}f}{self.unit}"
         learned = stage == line.learned
         shape, size, edge = (line.entry.style.marker, 7.0, svg.colour("ground")) if learned else ("o", 3.2, paint)
         self.axes.plot([stage], [value], shape, color=paint, markersize=size, markeredgecolor=edge, gid=gid, zorder=3)
@@ -186,6 +186,7 @@ def _course(name: str, title: str, lines: list[Line]) -> Chart:
 GAPS = (
     ("positive", "Mean logit of the right class", ""),
     ("negative", "Mean logit of the wrong classes", ""),
+    ("distance", "Distance between the means of images and texts", ""),
     ("angle", "Angle between images and texts", "°"),
 )
 

@@ -110,9 +110,10 @@ def fit(
     """
     while True:
         plan = learner.schedule(task)
-        losses = optimise(learner, plan, crops(task, plan, generator, image_size), device, precision, on_step)
-        if not losses or not learner.again(task):
-            return course(losses, task.name) if losses else {}
+        record = optimise(learner, plan, crops(task, plan, generator, image_size), device, precision, on_step)
+        losses = course(record, task.name) if record else {}
+        if not record or not learner.again(task):
+            return losses
 
 
 def crops(task: Task, plan: Schedule, generator: torch.Generator, image_size: int) -> Iterator[Batch]:
