@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two workers of one thread each: on two cores faster than one worker of two.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test fast lint bench study world clean
 
@@ -9,10 +11,10 @@ demo: $(VENV)/.ready
 	$(BIN)/perdure demo
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 fast: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

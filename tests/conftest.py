@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +17,8 @@ from perdure.benchmarks import mini
 from perdure.data.task import Stream
 from perdure.models.clip import CLIP
 
+hypothesis.settings.register_profile("perdure", max_examples=50, deadline=None)
+hypothesis.settings.load_profile("perdure")
 SHORT: dict[str, Any] = {"tasks": 3, "images": 32, "iterations": 3, "warmup": 1, "precision": "fp32"}
 
 

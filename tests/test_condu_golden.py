@@ -1,5 +1,6 @@
 """ConDU against the numbers of the paper's own released code, on tiny CLIPs, through the method and ``fit``."""
 
+import functools
 import math
 
 import pytest
@@ -72,6 +73,7 @@ def test_the_hand_made_deltas_and_the_ones_that_break_the_release() -> None:
         assert found == pytest.approx(wanted if allowed else [wanted[0], 1, 1], rel=1e-5)
 
 
+@functools.cache
 def learned(train: bool) -> tuple[ConDU, list[dict[str, list[float]]]]:
     """The release's three tasks; ``train``: with perdure's loop, or with the weights that the release's left behind."""
     about, t = case("condu_aggregate_a")
