@@ -16,7 +16,7 @@ from torch import Tensor
 from perdure.core.errors import PerdureError
 from perdure.core.weights import Weights, floating, original
 
-STRETCH = 1 << 20  # elements worked on at once, of all tasks together
+STRETCH = 1 << 18  # elements worked on at once; a multiple of 8
 Keep = Callable[[str, Tensor, Tensor], None]
 
 
@@ -110,10 +110,9 @@ def unify_tensor(
     origin, tuned, unified = (x.detach().reshape(-1).cpu().float() for x in (origin, tuned, unified))
     count, tasks = origin.numel(), len(bits) + 1
     new, masks = torch.empty(count), torch.empty(tasks, -(-count // 8), dtype=torch.uint8)
-    length = max(8, STRETCH // tasks // 8 * 8)  # whole bytes of mask
-    deltas = torch.empty(tasks, min(length, count))
-    for at in range(0, count, length):
-        s = slice(at, min(at + length, count))
+    deltas = torch.empty(tasks, min(STRETCH, count))
+    for at in range(0, count, STRETCH):
+        s = slice(at, min(at + STRETCH, count))
         b = slice(at // 8, -(-s.stop // 8))
         stretch = deltas[:, : s.stop - at]
         for row, one, rescaler in zip(stretch, bits, rescalers, strict=False):
