@@ -228,8 +228,8 @@ def tsne(runs: Path, seeds: int, jobs: int) -> None:
         after.append(method.clip.features(x.pixels))
     prototypes = list(method.state.prototypes.values())
     figure = Figure(figsize=(10, 4.6), layout="constrained")
-    panels = (("features of the pre-trained model, and prototypes (+)", [*before, *prototypes]),
-              ("features of each task's expert", after))  # fmt: skip
+    panels = (("pre-trained features and prototypes (+)", [*before, *prototypes]),
+              ("features by each task's expert", after))  # fmt: skip
     for axes, (title, features) in zip(figure.subplots(1, 2), panels, strict=True):
         places = TSNE(random_state=0, init="pca", perplexity=30).fit_transform(torch.cat(features).numpy())
         parts = np.split(places, np.cumsum([len(f) for f in features])[:-1])
