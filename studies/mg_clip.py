@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from runs import command, do, read, spread
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from perdure import launch
@@ -48,6 +49,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "ConDU + MG-CLIP": ("condu+mg_clip", STEPS),
     "GIFT + ConDU + MG-CLIP": ("gift+condu+mg_clip", REPLAY),
 }
+ADAPTING = ("sequential fine-tuning", "sequential LoRA", "MG-CLIP", "MG-CLIP, 10 epochs without the monitor", "GIFT")
 COMBINED = [row for row in ROWS if " + " in row]
 FIRST = 4  # tasks of mini-mtil that the combinations learn, with the stream's own steps and pairs
 OF_TASKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -183,18 +185,18 @@ def gap(runs: Path, seeds: int, jobs: int) -> None:
                 colour = plt.get_cmap("tab20")(k)
                 axes.plot(change, lost, color=colour, linewidth=0.6, alpha=0.6)
                 axes.plot(change[-1], lost[-1], "o", color=colour, markersize=5, label=row if not seed else None)
-                if measure == "negative":
+                if measure == "negative" and row in ADAPTING:
                     angle = 100 * relative_change(course[0]["angle"], course[-1]["angle"])
                     ends.append((change[-1], angle, lost[-1]))
-        name = {"negative": "mean logit of the wrong classes", "angle": "angle between images and texts"}[measure]
-        axes.set(xlabel=f"change of the {name}, per cent", ylabel="lost on the probe, points")
+        name = {"negative": "mean wrong logit", "angle": "angle of images and texts"}[measure]
+        axes.set(xlabel=f"{name}: change, per cent", ylabel="lost on the probe, points")
     figure.axes[1].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(OUT / "gap.png", dpi=130)
     negative, angle, lost = np.array(ends).T
-    ranks = [np.corrcoef(np.argsort(np.argsort(x)), np.argsort(np.argsort(lost)))[0, 1] for x in (negative, angle)]
+    ranks = [spearmanr(x, lost).statistic for x in (negative, angle)]
     finish("gap", [
-        f"Rank correlation with what is lost on the probe after the last step, {len(lost)} runs: "
-        f"negative mean {ranks[0]:.2f}, angle {ranks[1]:.2f}."
+        f"Rank correlation (Spearman) with what is lost on the probe after the last step, {len(lost)} runs "
+        f"({', '.join(ADAPTING)}): negative mean {ranks[0]:.2f}, angle {ranks[1]:.2f}."
     ])  # fmt: skip
 
 
