@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perdure.core.weights import Computed, original
-from perdure.data.task import Class, Query, Surroundings
+from perdure.core.weights import Lazy, original
+from perdure.data.task import Class, Query, Context
 from perdure.engine.run import forget_peak_memory, peak_memory_mb
 from perdure.methods.condu import ConDU, Unified
 from perdure.models.clip import CLIP
@@ -155,14 +155,14 @@ def answering(tasks: int, most: int, images: int) -> tuple[float, int]:
     clip = vit_b_16()
     method = ConDU(experts=most)
     clip.pretrained = clip.weights()
-    method.join(clip, Surroundings())
+    method.join(clip, Context())
     names = [str(k) for k in range(tasks)]
     draw = torch.Generator().manual_seed(0)
     floating = {n: t for n, t in clip.pretrained.items() if t.is_floating_point()}
     bits = {n: torch.full((-(-t.numel() // 8),), 170, dtype=torch.uint8) for n, t in floating.items()}
     prototypes = torch.nn.functional.normalize(torch.randn(tasks, 5, 512, generator=draw), dim=2)
     method.state = Unified(
-        names, Computed(floating, lambda n: torch.full_like(floating[n], 1e-4)),  # type: ignore[arg-type]
+        names, Lazy(floating, lambda n: torch.full_like(floating[n], 1e-4)),  # type: ignore[arg-type]
         [1.0] * tasks, dict.fromkeys(names, bits), dict(zip(names, prototypes, strict=True)),
     )  # fmt: skip
     seen: list[int] = []

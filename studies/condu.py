@@ -85,7 +85,7 @@ def begun(name: str, seed: int, stream: Stream, values: Mapping[str, Any]) -> Me
     known = {key: option.default for key, (_, option) in launch.method_options(launch.method_entry(name)).items()}
     method = launch.build(name, {**known, **values})
     reseed(seed, "bind")
-    method.bind(CLIP.load(stream.model), stream.surroundings(seed))
+    method.bind(CLIP.load(stream.model), stream.context(seed))
     return method
 
 
@@ -109,7 +109,7 @@ def fused(runs: Path, row: str, seed: int) -> dict[str, Any]:
         for number in range(last + 1):
             if number:
                 task = stream.tasks[number - 1]
-                method.clip.become(f"tuned {task.name}", tuned(source, task.name))
+                method.clip.load_weights(f"tuned {task.name}", tuned(source, task.name))
                 method.fuse(task)
             if number == last or not row.startswith("5-shot"):  # few-shot rows: the last accuracy alone
                 hits = evaluate(method, stream, KNOWN, number)
@@ -182,7 +182,7 @@ def learned(runs: Path, seed: int, values: Mapping[str, Any], kind: str = "full"
     method = begun("condu", seed, stream, values)
     assert isinstance(method, ConDU)
     for task in stream.tasks:
-        method.clip.become(f"tuned {task.name}", tuned(runs / kind / f"seed_{seed}", task.name))
+        method.clip.load_weights(f"tuned {task.name}", tuned(runs / kind / f"seed_{seed}", task.name))
         method.fuse(task)
     return method, stream
 
@@ -218,13 +218,13 @@ def tsne(runs: Path, seeds: int, jobs: int) -> None:
     train(runs, 1, jobs)
     method, stream = learned(runs, 0, {})
     images = [t.test.spread(60) for t in stream.tasks]
-    method.clip.become("pretrained", method.clip.pretrained)
+    method.clip.load_weights("pretrained", method.clip.pretrained)
     before = [method.clip.features(x.pixels) for x in images]
     after = []
     for k, x in enumerate(images):
         (expert,) = method.experts(Query(x.pixels, (), k))
         assert expert.weights is not None
-        method.clip.become(expert.name, expert.weights)
+        method.clip.load_weights(expert.name, expert.weights)
         after.append(method.clip.features(x.pixels))
     prototypes = list(method.state.prototypes.values())
     figure = Figure(figsize=(10, 4.6), layout="constrained")

@@ -158,7 +158,7 @@ def distillation(runs: Path, seeds: int, jobs: int, tasks: int) -> None:
 def weights_after(folder: Path, tasks: int) -> dict[str, torch.Tensor]:
     """The weights of a run after ``tasks`` tasks."""
     config, data, method = launch.reopen(folder)
-    method.bind(CLIP.load(data.model), data.surroundings(config["seed"]))
+    method.bind(CLIP.load(data.model), data.context(config["seed"]))
     read_task(folder / folder_names([t.name for t in data.tasks])[tasks], tensors=True).restore(method)
     return method.clip.weights()
 
@@ -166,7 +166,7 @@ def weights_after(folder: Path, tasks: int) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def loss_at(clip: CLIP, weights: Weights, place: str, questions: Sequence[tuple[Images, Sequence[Class]]]) -> float:
     """The mean cross entropy over the questions of the model with these weights."""
-    clip.become(place, weights)
+    clip.load_weights(place, weights)
     found = []
     for images, classes in questions:
         texts = clip.class_texts([c.prompts() for c in classes])

@@ -139,7 +139,7 @@ def softmax_of(folder: Path) -> dict[str, float]:
     config, data, method = launch.reopen(folder)
     assert isinstance(method, MGCLIP)
     clip = CLIP.load(data.model)
-    method.bind(clip, data.surroundings(config["seed"]))
+    method.bind(clip, data.context(config["seed"]))
     read_task(folder / folder_names([t.name for t in data.tasks])[-1], tensors=True).restore(method)
     classes = tuple(c for t in data.tasks for c in t.classes)
     query = Query(torch.cat([t.test.pixels for t in data.tasks]), classes)

@@ -14,7 +14,7 @@ from perdure import launch
 from perdure.benchmarks import STREAMS, class_incremental, mini
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.data.files import Files
-from perdure.data.splits import cut, read_order, reordered, sizes_of
+from perdure.data.splits import split_classes, read_order, reordered, sizes_of
 from perdure.data.task import Class, Images, Stream
 
 CLASSES = tuple(Class(n, ("a {}",)) for n in "abcdef")
@@ -27,7 +27,7 @@ def images(count: int = 12, classes: int = 6) -> Images:
 
 
 def test_classes_are_cut_in_the_order_given() -> None:
-    tasks = cut(CLASSES, images(), images(6), [5, 0, 3, 1, 2, 4], sizes_of(6, 2, 2))
+    tasks = split_classes(CLASSES, images(), images(6), [5, 0, 3, 1, 2, 4], sizes_of(6, 2, 2))
     assert [[c.name for c in t.classes] for t in tasks] == [["f", "a"], ["d", "b"], ["c", "e"]]
     for task in tasks:
         for pixel, label in zip(task.train.pixels[:, 0, 0, 0], task.train.labels, strict=True):
@@ -48,15 +48,15 @@ def test_classes_are_cut_in_the_order_given() -> None:
 )
 def test_orders_and_steps_that_do_not_fit(order: list[int], sizes: list[int], said: str) -> None:
     with pytest.raises(PerdureError, match=said):
-        cut(CLASSES, images(), images(), order, sizes)
+        split_classes(CLASSES, images(), images(), order, sizes)
 
 
 def test_a_class_in_two_steps_and_a_step_without_images() -> None:
     twice = (*CLASSES[:5], CLASSES[0])
     with pytest.raises(PerdureError, match="two classes of the name 'a'"):
-        cut(twice, images(), images(), range(6), [3, 3])
+        split_classes(twice, images(), images(), range(6), [3, 3])
     with pytest.raises(PerdureError, match=r"step_02 .* has no test images"):
-        cut(CLASSES, images(), images(3), range(6), [3, 3])
+        split_classes(CLASSES, images(), images(3), range(6), [3, 3])
     step = mini.class_incremental().tasks[0]
     with pytest.raises(PerdureError, match="is in two steps of again"):
         Stream("again", (step, replace(step, name="b")), None, "", "", labels="seen")
@@ -64,7 +64,7 @@ def test_a_class_in_two_steps_and_a_step_without_images() -> None:
 
 def test_labels_out_of_range_and_uneven_steps() -> None:
     with pytest.raises(PerdureError, match=r"Labels of training images must lie in 0 … 5"):
-        cut(CLASSES, images(8, 8), images(), range(6), [6])
+        split_classes(CLASSES, images(8, 8), images(), range(6), [6])
     with pytest.raises(PerdureError, match="100 classes cannot be cut into 50 and then 7"):
         sizes_of(100, 50, 7)
 

@@ -54,9 +54,9 @@ def test_class_texts_average_templates_and_follow_the_weights(clip: CLIP) -> Non
         torch.testing.assert_close(texts[0], by_hand)
         assert clip.class_texts(classes) is texts  # kept while the weights stay
         other = {k: v + 0.01 for k, v in clip.weights().items() if v.is_floating_point()}
-        clip.become("other", other)
+        clip.load_weights("other", other)
         assert not torch.allclose(clip.class_texts(classes), texts)
-        clip.become("pretrained", clip.pretrained)
+        clip.load_weights("pretrained", clip.pretrained)
         assert torch.equal(clip.class_texts(classes), texts)
 
 

@@ -14,7 +14,7 @@ from perdure import launch
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
 from perdure.core.weights import floating
-from perdure.data.task import Images, Query, Stream, Surroundings, Task
+from perdure.data.task import Images, Query, Stream, Context, Task
 from perdure.engine.checkpoint import read_task
 from perdure.methods.condu import ConDU
 from perdure.methods.merge import Config, Merge, trimmed
@@ -40,7 +40,7 @@ def taught(clip: CLIP, stream: Stream, **values: Any) -> ConDU:
     method.bind(clip)
     for seed, task in enumerate(stream.tasks):
         method.start(task)
-        clip.become(f"shaken {seed}", shaken(clip, seed))
+        clip.load_weights(f"shaken {seed}", shaken(clip, seed))
         method.fuse(task)
     return method
 
@@ -50,7 +50,7 @@ def test_a_single_task_s_expert_is_the_tuned_model(clip: CLIP, stream: Stream) -
     method.bind(clip)
     method.start(stream.tasks[0])
     wanted = shaken(clip, 0)
-    clip.become("tuned", wanted)
+    clip.load_weights("tuned", wanted)
     method.fuse(stream.tasks[0])
     assert method.state.rescaler == [1.0]
     for name, weight in method.decoupled(0).items():
@@ -60,11 +60,11 @@ def test_a_single_task_s_expert_is_the_tuned_model(clip: CLIP, stream: Stream) -
 def test_a_task_that_changed_nothing_answers_as_the_pretrained_model(clip: CLIP, stream: Stream) -> None:
     said: list[str] = []
     method = ConDU()
-    method.bind(clip, Surroundings(warn=said.append))
+    method.bind(clip, Context(warn=said.append))
     for task in stream.tasks[:2]:
         method.start(task)
         if task is stream.tasks[0]:
-            clip.become("tuned", shaken(clip, 0))
+            clip.load_weights("tuned", shaken(clip, 0))
         method.fuse(task)
     assert any(f"Nothing is left of task {stream.tasks[1].name}" in text for text in said)
     assert all(torch.equal(w, clip.pretrained[n]) for n, w in method.decoupled(1).items())
@@ -81,7 +81,7 @@ def test_the_vote_is_the_weighted_sum_and_asks_only_who_is_needed(
     wanted = torch.zeros(len(images), len(query.classes))
     for expert in plan:
         assert expert.weights is not None
-        clip.become(expert.name, expert.weights)
+        clip.load_weights(expert.name, expert.weights)
         wanted += torch.as_tensor(expert.gate).unsqueeze(1) * method.logits(query)
     seen: list[int] = []
     encode = CLIP.encode_image
@@ -101,14 +101,14 @@ def test_experts_are_put_on_once_for_all_queries(clip: CLIP, stream: Stream, mon
     queries = [Query(t.test.pixels[:8], t.classes) for t in stream.tasks]
     alone = [method.predict(q) for q in queries]
     worn: list[str] = []
-    become = CLIP.become
+    become = CLIP.load_weights
 
     def watched(self: CLIP, name: str, weights: dict[str, torch.Tensor]) -> None:
         if name != self.holds:
             worn.append(name)
         become(self, name, weights)
 
-    monkeypatch.setattr(CLIP, "become", watched)
+    monkeypatch.setattr(CLIP, "load_weights", watched)
     together = method.answer(queries)
     assert sorted(worn) == sorted(set(worn)) and len(worn) == len(stream.tasks) + 1
     for one, other in zip(alone, together, strict=True):
@@ -121,7 +121,7 @@ def test_class_without_images_is_where_its_text_is(clip: CLIP, stream: Stream) -
     kept = task.train.labels != 1
     task = Task("thin", task.classes, Images(task.train.pixels[kept], task.train.labels[kept]), task.test)
     method = ConDU()
-    method.bind(clip, Surroundings(warn=said.append))
+    method.bind(clip, Context(warn=said.append))
     prototypes = method.prototypes(task)
     text = clip.class_texts([task.classes[1].prompts()])
     torch.testing.assert_close(prototypes[1:2], text, atol=1e-5, rtol=1e-5)
@@ -152,7 +152,7 @@ def test_low_rank_experts(unified: str, clip: CLIP, stream: Stream) -> None:
         torch.testing.assert_close(weight, wanted[name], atol=1e-5, rtol=1e-4)
     probe = Query(task.test.pixels[:4], task.classes, None)
     assert method.experts(probe)[0].name == "pretrained"
-    clip.become("pretrained", clip.pretrained)
+    clip.load_weights("pretrained", clip.pretrained)
     assert torch.equal(clip.weights()["visual_projection.weight"], clip.pretrained["visual_projection.weight"])
 
 
@@ -176,7 +176,7 @@ def test_random_adapters_are_not_the_pretrained_model(clip: CLIP) -> None:
     clip.adapt(4, 16.0, ("fc1",), "both", "random")
     assert clip.holds != "pretrained"
     moved = clip.weights()
-    clip.become("pretrained", clip.pretrained)
+    clip.load_weights("pretrained", clip.pretrained)
     assert not torch.equal(moved["text_model.encoder.layers.0.mlp.fc1.weight"],
                            clip.weights()["text_model.encoder.layers.0.mlp.fc1.weight"])  # fmt: skip
 
@@ -244,10 +244,10 @@ def test_two_tasks_of_one_name_are_refused(stream: Stream) -> None:
 
 def merged_by(rule: str, clip: CLIP, tasks: list[Task], **values: Any) -> dict[str, torch.Tensor]:
     method = Merge(Config(rule=rule, **values))  # type: ignore[arg-type]
-    method.join(clip, Surroundings())
+    method.join(clip, Context())
     for seed, task in enumerate(tasks):
         method.start(task)
-        clip.become(f"shaken {seed}", shaken(clip, seed))
+        clip.load_weights(f"shaken {seed}", shaken(clip, seed))
         method.fuse(task)
     return clip.weights()
 
@@ -270,10 +270,10 @@ def test_merging_task_after_task_is_merging_all_at_once(rule: str, clip: CLIP, s
 
 def test_magmax_goes_on_from_the_weights_last_tuned(clip: CLIP, stream: Stream) -> None:
     method = Merge(Config(rule="magmax"))
-    method.join(clip, Surroundings())
+    method.join(clip, Context())
     method.start(stream.tasks[0])
     wanted = shaken(clip, 0)
-    clip.become("tuned", wanted)
+    clip.load_weights("tuned", wanted)
     method.fuse(stream.tasks[0])
     method.start(stream.tasks[1])
     assert all(torch.equal(w, wanted[n]) for n, w in clip.weights().items())

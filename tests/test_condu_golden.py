@@ -33,7 +33,7 @@ def test_unifying_session_after_session_is_the_release_s() -> None:
     for session in range(3):
         task = Task(f"Task{session}", (Class("0", ("class {}",)),), image, image)
         method.start(task)
-        clip.become("tuned", part(t, f"finetuned{session}/"))
+        clip.load_weights("tuned", part(t, f"finetuned{session}/"))
         method.fuse(task)
         if not session:
             for name, weight in method.decoupled(0).items():
@@ -99,7 +99,7 @@ def learned(train: bool) -> tuple[ConDU, list[dict[str, list[float]]]]:
             losses.append(fit(method, task, torch.Generator(), clip.size, clip.device))
             clip.trained(f"trained {n}")
         else:
-            clip.become(f"trained {n}", part(t, f"finetuned{n}/"))
+            clip.load_weights(f"trained {n}", part(t, f"finetuned{n}/"))
         method.fuse(task)
     return method, losses
 

@@ -46,7 +46,7 @@ def trained(
     clip: CLIP, stream: Stream, precision: str = "fp32", **values: object
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     method = Method(Recipe(**{"iterations": 5, "warmup": 2, "lr": 1e-3, **values}))  # type: ignore[arg-type]
-    clip.become("pretrained", clip.pretrained)
+    clip.load_weights("pretrained", clip.pretrained)
     method.bind(clip)
     generator = reseed(0, 1)
     method.begin_task(stream.tasks[0])

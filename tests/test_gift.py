@@ -32,9 +32,9 @@ def learn(
 ) -> tuple[GIFT, Any]:
     """A few steps on the first task from the pre-trained weights, on the pairs above."""
     settings = {"iterations": 5, "warmup": 1, "lr": 1e-3, "batch_size": 16, "synthetic_batch": 24, **values}
-    clip.become("pretrained", clip.pretrained)
+    clip.load_weights("pretrained", clip.pretrained)
     method = rule(**settings)
-    method.bind(clip, stream.surroundings())
+    method.bind(clip, stream.context())
     method.replay = Given(some_pairs(stream))  # type: ignore[assignment]
     generator = reseed(0, 1)
     method.begin_task(stream.tasks[0])
@@ -165,18 +165,18 @@ def test_teachers(clip: CLIP, stream: Stream) -> None:
     """After weights were moved: the previous model, the initial one, and half of each."""
     rows = {}
     for teacher in ("previous", "initial", "mix"):
-        clip.become("pretrained", clip.pretrained)
+        clip.load_weights("pretrained", clip.pretrained)
         moved = {k: v + 0.02 * v.std() if v.ndim > 1 else v for k, v in clip.pretrained.items()}
-        clip.become("moved", moved)
+        clip.load_weights("moved", moved)
         method = GIFT(teacher=teacher, iterations=1)
-        method.bind(clip, stream.surroundings())
+        method.bind(clip, stream.context())
         method.replay = Given(some_pairs(stream))  # type: ignore[assignment]
         method.begin_task(stream.tasks[0])
         rows[teacher] = method.teacher_images
         assert clip.holds == "moved" and torch.equal(
             clip.weights()["visual_projection.weight"], moved["visual_projection.weight"]
         )
-    clip.become("pretrained", clip.pretrained)
+    clip.load_weights("pretrained", clip.pretrained)
     with torch.no_grad():
         initial = torch.cat([clip.encode_image(x) for x in some_pairs(stream).images.split(64)])
     torch.testing.assert_close(rows["initial"], initial)
@@ -200,7 +200,7 @@ def test_lora_can_learn_by_gift(clip: CLIP, stream: Stream) -> None:
 
 def test_adaptive_consolidation_needs_something_to_weigh_by(clip: CLIP, stream: Stream) -> None:
     with pytest.raises(PerdureError, match="consolidation=l2 or none"):
-        GIFT(distillation="none", beta=0.0).bind(clip, stream.surroundings())
+        GIFT(distillation="none", beta=0.0).bind(clip, stream.context())
 
 
 def test_a_stream_without_generator_is_refused(clip: CLIP) -> None:

@@ -135,9 +135,9 @@ def test_a_composed_head_stands_on_the_features_it_answers_on(clip: CLIP, stream
     found = method.predict(query)
     (expert,) = method.experts(query)
     assert expert.weights is not None
-    clip.become(expert.name, expert.weights)
+    clip.load_weights(expert.name, expert.weights)
     text = softmax(Method.logits(method, query), 2)
-    clip.become("pretrained", clip.pretrained)
+    clip.load_weights("pretrained", clip.pretrained)
     cosines = CosineHead(rows)(clip.encode_image(query.images))
     wanted = mix(text, softmax(cosines), torch.arange(len(task.classes)), 1.0, 4.0)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)

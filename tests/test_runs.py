@@ -22,7 +22,7 @@ import perdure
 from perdure import launch
 from perdure.core.errors import PerdureError
 from perdure.core.state import only_one, write_bytes
-from perdure.engine.run import Watcher
+from perdure.engine.watcher import Watcher
 
 Run = Callable[..., dict[str, Any]]
 WORDS = [f"{k}={v}" for k, v in SHORT.items()]

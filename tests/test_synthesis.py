@@ -210,7 +210,7 @@ def test_a_folder_for_something_else_is_refused(tmp_path: Path) -> None:
 def test_damaged_images_are_named_and_drawn_again_from_their_seeds(tmp_path: Path) -> None:
     heard: list[str] = []
     stream = mini.multi_domain("I")
-    replay = Replay(Synthesis(**QUICK, pairs=str(tmp_path)), stream.surroundings(0, None, warn=heard.append), 32, "cpu")
+    replay = Replay(Synthesis(**QUICK, pairs=str(tmp_path)), stream.context(0, None, warn=heard.append), 32, "cpu")
     before = replay.pairs("animals", [])
     wanted = replay.wanted("animals", [])
     files = [tmp_path / str(replay.store().entries[r].file) for r in wanted]
@@ -227,7 +227,7 @@ def test_damaged_images_are_named_and_drawn_again_from_their_seeds(tmp_path: Pat
 
 def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
     stream = mini.multi_domain("I")
-    replay = Replay(Synthesis(**QUICK, pairs=str(tmp_path / "pairs")), stream.surroundings(), 32, "cpu")
+    replay = Replay(Synthesis(**QUICK, pairs=str(tmp_path / "pairs")), stream.context(), 32, "cpu")
     (tmp_path / "pairs").mkdir()
     with only_one(tmp_path / "pairs"), pytest.raises(PerdureError, match="another process"):
         replay.pairs("animals", [])
@@ -235,7 +235,7 @@ def test_two_processes_do_not_write_one_store(tmp_path: Path) -> None:
 
 def test_learned_classes_join_the_pool_and_other_prompts_stay() -> None:
     stream = mini.multi_domain("I")
-    replay = Replay(Synthesis(synthetic=300), stream.surroundings(), 32, "cpu")
+    replay = Replay(Synthesis(synthetic=300), stream.context(), 32, "cpu")
     later = replay.wanted("digits", stream.tasks[0].prompts())
     drawn = {r.prompt for r in later}
     assert drawn & set(stream.tasks[0].prompts()) and drawn & {p for c in stream.vocabulary for p in c.prompts()}
@@ -249,7 +249,7 @@ def test_collected_pairs_take_the_place_of_synthetic_ones(tmp_path: Path) -> Non
     again = collect(tmp_path / "real", task.train.pixels, captions, "mini-cil")
     assert len(again.entries) == len(captions)
     stream = mini.multi_domain("I")
-    replay = Replay(Synthesis(synthetic=20, pairs=str(tmp_path / "real")), stream.surroundings(), 32, "cpu")
+    replay = Replay(Synthesis(synthetic=20, pairs=str(tmp_path / "real")), stream.context(), 32, "cpu")
     pairs = replay.pairs("animals", ["a drawing of a cat"])
     assert len(pairs) == 20 and set(pairs.prompts) <= set(captions)
     for image, prompt in zip(pairs.images, pairs.prompts, strict=True):

@@ -89,7 +89,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show one method's o
 
     from perdure import launch
     from perdure.core.config import options
-    from perdure.engine.run import Settings
+    from perdure.engine.settings import Settings
 
     screen = console()
     table = Table(box=None, pad_edge=False)

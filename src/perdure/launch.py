@@ -23,8 +23,11 @@ from perdure.core.seeding import reseed
 from perdure.core.state import only_one, read_json, write_json
 from perdure.data.task import Query, Stream, silent
 from perdure.engine.checkpoint import folder_names, read_task
-from perdure.engine.run import FORMAT, Settings, Watcher, environment
+from perdure.engine.environment import environment
+from perdure.engine.run import FORMAT
 from perdure.engine.run import run as engine_run
+from perdure.engine.settings import Settings
+from perdure.engine.watcher import Watcher
 from perdure.methods import load_all
 from perdure.methods.base import METHODS, Method, Row
 from perdure.methods.compose import Compose
@@ -109,7 +112,7 @@ def configure(
     for name in sorted(set(values.get("lr_by_task", {})) - set(tasks)):
         raise unknown("task", name, tasks)
     settings = Settings(**{key: values[key] for key in general}).settled(data)
-    data = settings.cut(data, seed)
+    data = settings.select(data, seed)
     config = {
         "format": FORMAT,
         "method": method,
@@ -129,7 +132,7 @@ def prepare(*what: Any) -> dict[str, Any]:
     settings = config["settings"]
     clip = CLIP.load(data.model if settings["model"] == "stream" else settings["model"], settings["device"])
     fingerprint = clip.fingerprint()
-    build(config["method"], config["options"]).bind(clip, data.surroundings(config["seed"]))
+    build(config["method"], config["options"]).bind(clip, data.context(config["seed"]))
     return {**config, "weights": fingerprint}
 
 
@@ -263,7 +266,7 @@ def reopen(folder: Path) -> tuple[dict[str, Any], Stream, Method]:
     known = {key: option for key, (_, option) in method_options(method_entry(config["method"])).items()}
     config["options"] = resolve(known, config["options"])
     settings = Settings(**resolve(options(Settings), config["settings"]))
-    data = settings.cut(STREAMS[config["stream"]].value(), config["seed"])
+    data = settings.select(STREAMS[config["stream"]].value(), config["seed"])
     if data.digest != config["split"]:
         raise PerdureError(
             f"{folder} was run on another version of the stream {data.name} (its split differs). "
@@ -337,8 +340,8 @@ def generate(
     for seed in seeds:
         learned: list[str] = []
         for task in data.shortened(settings.tasks, 0).tasks:
-            around = data.surroundings(seed, None, partial(drawn, task.name), warn)
-            replay = Replay(Synthesis(**values, pairs=str(out)), around, 0, settings.device)
+            context = data.context(seed, None, partial(drawn, task.name), warn)
+            replay = Replay(Synthesis(**values, pairs=str(out)), context, 0, settings.device)
             if replay.collected:
                 raise PerdureError(f"{out} holds collected pairs; nothing is to be drawn there. Choose another folder.")
             total += replay.draw(replay.store(), replay.wanted(task.name, learned))
@@ -387,17 +390,17 @@ def export(folder: Path, out: Path, task: int | None = None) -> str:
     source = config["settings"]["model"]
     clip = CLIP.load(data.model if source == "stream" else source)
     reseed(config["seed"], "bind")
-    method.bind(clip, data.surroundings(config["seed"]))
+    method.bind(clip, data.context(config["seed"]))
     one_of_many = bool(task) and not method.carries_weights
     saved = read_task(folders[-1 if task is None or one_of_many else task], tensors=True)
     saved.restore(method)
     if not one_of_many:
-        method.wear(method.home())
+        method.load_expert(method.base_expert())
         clip.save(out)
         return f"The model after {saved.record['task']}"
     assert task is not None
     (expert,) = method.experts(Query(data.tasks[task - 1].test.pixels[:0], (), task - 1))
     assert expert.weights is not None
-    clip.become(expert.name, expert.weights)
+    clip.load_weights(expert.name, expert.weights)
     clip.save(out)
     return f"The expert of {names[task - 1]}, after {saved.record['task']},"

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from perdure.engine.run import Watcher
+from perdure.engine.watcher import Watcher
 
 
 def shade(value: float) -> str:

@@ -23,7 +23,7 @@ import torch
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.state import as_json, digest, read_json, write_json
 from perdure.data.files import Files
-from perdure.data.splits import cut, sizes_of
+from perdure.data.splits import split_classes, sizes_of
 from perdure.data.task import Class, Images, Stream
 
 MODEL, TEMPLATE, SIDE = "openai/clip-vit-base-patch16", "a good photo of a {}.", 224
@@ -217,6 +217,6 @@ def load_stream(name: str) -> Stream:
     names, train, test, identity = load(root())
     order = published()["orders"][orders] if orders else list(range(len(names)))
     classes = [Class(n, (TEMPLATE,)) for n in names]
-    tasks = cut(classes, train, test, order, sizes_of(len(names), base, increment))
+    tasks = split_classes(classes, train, test, order, sizes_of(len(names), base, increment))
     whole = digest(as_json([identity, names, order, base, increment, TEMPLATE]))
     return Stream(name, tasks, None, MODEL, whole, labels="seen", task_id="hidden", notes=(summary,))

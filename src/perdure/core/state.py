@@ -91,7 +91,7 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
         raise DamagedFile(f"{path} is damaged: {error}.") from None
 
 
-class Once(dict[str, Tensor]):
+class Frozen(dict[str, Tensor]):
     """Tensors that never change once they are made: a checkpoint writes them once, and names them again after that."""
 
 
@@ -99,7 +99,7 @@ def pack(state: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """A ``State`` dataclass → (tensors by file, plain values).
 
     Fields are plain values (JSON), ``dict[str, Tensor]`` (one file ``state``), or ``dict[str, dict[str, Tensor]]``: one
-    file an entry, and where the entry is ``Once`` it is written once.
+    file an entry, and where the entry is ``Frozen`` it is written once.
     """
     files: dict[str, dict[str, Tensor]] = {}
     values: dict[str, Any] = {}
@@ -111,7 +111,7 @@ def pack(state: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
             files.setdefault("state", {}).update({f"{field.name}/{k}": v for k, v in value.items()})
         else:
             files.update({f"{field.name}_{k}": v for k, v in value.items()})
-            values[field.name] = {"entries": sorted(value), "once": all(isinstance(v, Once) for v in value.values())}
+            values[field.name] = {"entries": sorted(value), "once": all(isinstance(v, Frozen) for v in value.values())}
     return files, values
 
 
@@ -123,7 +123,7 @@ def unpack(kind: type[S], files: Mapping[str, Mapping[str, Tensor]], values: Map
         found.setdefault(field, {})[key] = tensor
     for field, value in values.items():
         if isinstance(value, dict) and "entries" in value:
-            kind_of = Once if value.get("once", True) else dict
+            kind_of = Frozen if value.get("once", True) else dict
             found[field] = {key: kind_of(files[f"{field}_{key}"]) for key in value["entries"]}
     return kind(**found)
 

@@ -16,7 +16,7 @@ Weights = Mapping[str, Tensor]
 QKV = re.compile(r"\.[qkv]_proj\.(weight|bias)$")
 
 
-class Computed(Mapping[str, Tensor]):
+class Lazy(Mapping[str, Tensor]):
     """Weights that are worked out tensor by tensor, when they are asked for: no second model in memory."""
 
     def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]):

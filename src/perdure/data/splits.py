@@ -24,7 +24,7 @@ def sizes_of(classes: int, base: int, increment: int) -> list[int]:
     return [base, *[increment] * ((classes - base) // increment)]
 
 
-def cut(
+def split_classes(
     classes: Sequence[Class], train: Images, test: Images, order: Sequence[int], sizes: Sequence[int]
 ) -> tuple[Task, ...]:
     """Tasks ``step_01`` …: the classes in ``order`` (indices into ``classes``), ``sizes[k]`` of them in step k + 1.
@@ -80,7 +80,7 @@ def reordered(stream: Stream, order: str) -> Stream:
         raise PerdureError(f"class_order={order}: {stream.name} is no class-incremental stream; its tasks are domains.")
     whole = stream.joined(grouped=False)
     numbers = read_order(order, [c.name for c in whole.classes])
-    tasks = cut(whole.classes, whole.train, whole.test, numbers, [len(t.classes) for t in stream.tasks])
+    tasks = split_classes(whole.classes, whole.train, whole.test, numbers, [len(t.classes) for t in stream.tasks])
     identity = digest(as_json([stream.digest, numbers]))
     return replace(stream, tasks=tasks, digest=identity)
 

@@ -97,7 +97,7 @@ def silent(*heard: object) -> None:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class Context:
     """What a run offers its method beside the tasks.
 
     ``folder`` is where it may keep what can be made again (None: nowhere); ``stream``, ``generator`` and ``vocabulary`` are
@@ -136,11 +136,11 @@ class Stream:
     generator: str = ""
     vocabulary: tuple[Class, ...] = ()
 
-    def surroundings(
+    def context(
         self, seed: int = 0, folder: Path | None = None, drawn: OnDraw = silent, warn: Callable[[str], None] = silent
-    ) -> Surroundings:
+    ) -> Context:
         """What a run of this stream offers its method."""
-        return Surroundings(seed, folder, self.name, self.generator, self.vocabulary, drawn, warn)
+        return Context(seed, folder, self.name, self.generator, self.vocabulary, drawn, warn)
 
     def __post_init__(self) -> None:
         names = [t.name for t in self.tasks]

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile
-from perdure.core.state import Once, digest, read_json, read_tensors, sync_folder, write_bytes, write_json
+from perdure.core.state import Frozen, digest, read_json, read_tensors, sync_folder, write_bytes, write_json
 from perdure.methods.base import Method
 
 
@@ -72,7 +72,7 @@ def save_task(
     try:
         written = {}
         for key, tensors in sorted(files.items()):
-            if key in kept and isinstance(tensors, Once):
+            if key in kept and isinstance(tensors, Frozen):
                 written[key] = kept[key]
                 continue
             path = f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', key)}.safetensors"

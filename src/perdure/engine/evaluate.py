@@ -59,7 +59,7 @@ def gap(method: Method, stream: Stream, images: int = 256) -> dict[str, float]:
     the weights whose features a head would stand on."""
     asked = stream.probe or stream.joined(grouped=False)
     seen = asked.test.spread(images)
-    method.wear(method.home())
+    method.load_expert(method.base_expert())
     texts = method.clip.class_texts([c.prompts()[:1] for c in asked.classes])
     embedded = method.clip.features(seen.pixels)
     return measure(embedded, texts, seen.labels.to(texts.device), method.clip.scale.item())

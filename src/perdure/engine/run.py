@@ -2,149 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
-from perdure.core.precision import precision_of
 from perdure.core.seeding import reseed
 from perdure.core.state import as_json, digest, only_one, write_json
-from perdure.data.splits import reordered
 from perdure.data.task import Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
+from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, gap, per_cent, summarise
+from perdure.engine.settings import Settings
+from perdure.engine.watcher import Watcher
 from perdure.methods.base import Method
 from perdure.models.clip import CLIP
 from perdure.training.fit import fit
 
 FORMAT = 1
-THREADS = torch.get_num_threads()  # before any run changes it
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run needs beyond the method's options."""
-
-    model: Annotated[str, Field(description="folder or Hub id of a CLIP; empty: the stream's own")] = ""
-    labels: Annotated[
-        Literal["stream", "task", "seen", "all"], Field(description="classes that compete; stream: as is usual there")
-    ] = "stream"
-    task_id: Annotated[
-        Literal["stream", "known", "hidden"], Field(description="whether the task is told; stream: as is usual there")
-    ] = "stream"
-    precision: Annotated[
-        Literal["auto", "bf16", "fp32"], Field(description="of training; auto: bf16 where the processor has it")
-    ] = "auto"
-    device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="auto: an accelerator if there is one")] = (
-        "auto"
-    )
-    threads: Annotated[int, Field(ge=0, le=1024, description="processor threads; 0: as torch chooses")] = 0
-    tasks: Annotated[int, Field(ge=0, description="only the first tasks, for a quick look; 0: all")] = 0
-    images: Annotated[
-        int, Field(ge=0, description="at most so many images a task and side, for a quick look; 0: all")
-    ] = 0
-
-    shots: Annotated[int, Field(ge=0, description="training images a class, drawn by the seed (few-shot); 0: all")] = 0
-
-    class_order: Annotated[
-        str,
-        BeforeValidator(str),
-        Field(description="class-incremental: a seed, or a JSON file of class names; empty: the stream's own"),
-    ] = ""
-
-    def cut(self, stream: Stream, seed: int) -> Stream:
-        """The part of ``stream`` that a run is to see."""
-        stream = reordered(stream, self.class_order) if self.class_order else stream
-        return stream.shortened(self.tasks, self.images).few_shot(self.shots, seed)
-
-    def settled(self, stream: Stream) -> Settings:
-        """With every choice made, as a run records it."""
-        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise PerdureError("device=cuda: torch finds no CUDA device here. Use device=cpu.")
-        return replace(
-            self,
-            model=str(Path(self.model).resolve())
-            if Path(self.model).is_dir() and self.model
-            else self.model or "stream",
-            class_order=str(Path(self.class_order).resolve()) if Path(self.class_order).is_file() else self.class_order,
-            labels=stream.labels if self.labels == "stream" else self.labels,  # type: ignore[arg-type]
-            task_id=stream.task_id if self.task_id == "stream" else self.task_id,  # type: ignore[arg-type]
-            precision=precision_of(self.precision, device),  # type: ignore[arg-type]
-            device=device,
-            threads=self.threads or THREADS,
-        )
-
-
-class Watcher:
-    """Hears how a run goes; the command line's draws it. The default is silent."""
-
-    def begins(self, tasks: list[str], rows: list[list[float]], probe: list[float]) -> None:
-        """A run begins or goes on, with the rows it has."""
-
-    def learns(self, task: str, number: int) -> None:
-        """Task ``number`` (1 … T) is being learned; 0: the model is looked at before any."""
-
-    def draws(self, done: int, total: int, new: int) -> None:
-        """Of ``total`` synthetic images for the task ``done`` are there, ``new`` of them since the last call."""
-
-    def step(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
-        """A training step is done."""
-
-    def evaluates(self) -> None:
-        """All tasks and the probe are being evaluated."""
-
-    def row(self, accuracy: list[float], probe: float | None) -> None:
-        """A row of the accuracy matrix is known and safe on disk."""
-
-    def warn(self, text: str) -> None:
-        """Something the user should know."""
-        print(text, file=sys.stderr)
-
-
-def environment(settings: Settings) -> dict[str, Any]:
-    """Versions and machine: what may change a result's bits."""
-    packages = ("torch", "transformers", "diffusers", "peft", "safetensors", "numpy", "perdure")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": settings.threads,
-        "device": settings.device,
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def forget_peak_memory() -> None:
-    """Start measuring the peak anew, where the system can: a process may do several runs."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_mb() -> float:
-    """The most memory this process has held since ``forget_peak_memory`` (elsewhere than on Linux: ever), in MB."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1.024e-3, 1)
-    try:
-        import resource
-    except ImportError:  # not on this system
-        return 0.0
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 976.6), 1)
 
 
 def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, watcher: Watcher) -> dict[str, Any]:
@@ -160,7 +41,7 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
         if clip.fingerprint() != config["weights"]:
             raise PerdureError(f"{clip.path} is not the CLIP that {folder} began with. Start a new run.")
         reseed(seed, "bind")
-        method.bind(clip, stream.surroundings(seed, folder, watcher.draws, watcher.warn))
+        method.bind(clip, stream.context(seed, folder, watcher.draws, watcher.warn))
         done = good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
         for saved in done:
             if saved.record["config"] != identity(config):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from perdure.core.registry import Registry
 from perdure.core.state import pack, unpack
 from perdure.core.weights import Weights
-from perdure.data.task import Batch, Query, Surroundings, Task
+from perdure.data.task import Batch, Query, Context, Task
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification
 from perdure.training.fit import Backward, Schedule
@@ -97,7 +97,7 @@ class Method:
         self.config = config if config is not None else self.Config(**values)
         self.state = self.State()
 
-    def bind(self, clip: CLIP, around: Surroundings | None = None) -> None:
+    def bind(self, clip: CLIP, context: Context | None = None) -> None:
         """Take the model and what the run offers besides, and decide which weights may learn."""
         c = self.config
         if c.adapt == "lora":
@@ -105,11 +105,11 @@ class Method:
         for name, parameter in clip.backbone.named_parameters():
             part = "image" if name.startswith("vis") else "text"  # vision_model, visual_projection | text_…
             parameter.requires_grad_(parameter.requires_grad and name != "logit_scale" and c.towers in ("both", part))
-        self.join(clip, around or Surroundings())
+        self.join(clip, context or Context())
 
-    def join(self, clip: CLIP, around: Surroundings) -> None:
+    def join(self, clip: CLIP, context: Context) -> None:
         """Take a model that is ready to learn: all that a part of a composition does which does not learn."""
-        self.clip, self.around = clip, around
+        self.clip, self.context = clip, context
 
     # ---- learn
 
@@ -163,14 +163,14 @@ class Method:
         """Who answers a query."""
         return (Expert("last"),)
 
-    def home(self) -> Expert:
+    def base_expert(self) -> Expert:
         """The weights whose features change least from task to task: a head on top of features is fitted on theirs."""
         return Expert("last")
 
     # ---- answer
 
     def calibrate(self, task: Task) -> None:
-        """After fusing: fit what stands on top of the features of ``home``, which the model holds now."""
+        """After fusing: fit what stands on top of the features of ``base_expert``, which the model holds now."""
 
     def logits(self, query: Query) -> Tensor:
         """(N, C) logits of the weights the model holds now."""
@@ -181,13 +181,13 @@ class Method:
         """The query's images as unit embeddings (N, D), by the weights the model holds now."""
         return self.clip.encode_image(query.images[:]) if query.embedded is None else query.embedded
 
-    def conclude(self, query: Query, logits: Tensor) -> Tensor:
-        """(N, C): the answer, made of Σ gate × logits over the experts and of the features of ``home``, ``query.embedded``."""
+    def finalize(self, query: Query, logits: Tensor) -> Tensor:
+        """(N, C): the answer, made of Σ gate × logits over the experts and of the features of ``base_expert``, ``query.embedded``."""
         return logits
 
-    def concludes(self) -> bool:
-        """Whether ``conclude`` is more than handing through: only then are the features of ``home`` worked out."""
-        return type(self).conclude is not Method.conclude
+    def finalizes(self) -> bool:
+        """Whether ``finalize`` is more than handing through: only then are the features of ``base_expert`` worked out."""
+        return type(self).finalize is not Method.finalize
 
     def predict(self, query: Query) -> Tensor:
         """(N, C): Σ gate × logits over the experts, concluded by the answer role."""
@@ -197,9 +197,9 @@ class Method:
     def answer(self, queries: Sequence[Query], size: int = 256) -> list[Tensor]:
         """``predict`` for many queries: an expert's weights are put on once for all, and it sees only the images that
         need it, ``size`` at a time."""
-        home = self.home()
-        if self.concludes():
-            self.wear(home)
+        home = self.base_expert()
+        if self.finalizes():
+            self.load_expert(home)
             queries = [replace(q, embedded=torch.cat([self.embed(x) for x in q.parts(size)])) for q in queries]
         plans = [self.experts(query) for query in queries]
         totals = [torch.zeros(len(q.images), len(q.classes), device=self.clip.device) for q in queries]
@@ -208,12 +208,12 @@ class Method:
                 for expert in (e for e in plan if e.name == name):
                     known = query.embedded if name == home.name else expert.embedded
                     self.add(expert, replace(query, embedded=expert.embedded if known is None else known), total, size)
-        return [self.conclude(query, total) for query, total in zip(queries, totals, strict=True)]
+        return [self.finalize(query, total) for query, total in zip(queries, totals, strict=True)]
 
-    def wear(self, expert: Expert) -> None:
+    def load_expert(self, expert: Expert) -> None:
         """Put an expert's weights on."""
         if expert.weights is not None:
-            self.clip.become(expert.name, expert.weights)
+            self.clip.load_weights(expert.name, expert.weights)
 
     def add(self, expert: Expert, query: Query, total: Tensor, size: int) -> None:
         """Add gate × logits of one expert to ``total`` (N, C), for the images that need it."""
@@ -221,7 +221,7 @@ class Method:
         rows = gate.nonzero().squeeze(1)
         if not len(rows):
             return
-        self.wear(expert)
+        self.load_expert(expert)
         for part in rows.split(size):
             total[part] += gate[part].unsqueeze(1).to(total.device) * self.logits(query.part(part))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from perdure.data.task import Batch, Query, Surroundings, Task
+from perdure.data.task import Batch, Query, Context, Task
 from perdure.methods.base import Expert, Method
 from perdure.models.clip import CLIP
 from perdure.training.fit import Backward, Schedule
@@ -26,12 +26,12 @@ class Compose(Method):
         self.learns = any(part.learns for part in self.parts.values())  # type: ignore[misc]
         self.carries_weights = self.fuser.carries_weights  # type: ignore[misc]
 
-    def bind(self, clip: CLIP, around: Surroundings | None = None) -> None:
+    def bind(self, clip: CLIP, context: Context | None = None) -> None:
         self.clip = clip
-        self.learn.bind(clip, around)  # the learner alone decides what may learn
+        self.learn.bind(clip, context)  # the learner alone decides what may learn
         for part in self.distinct().values():
             if part is not self.learn:
-                part.join(clip, around or Surroundings())
+                part.join(clip, context or Context())
 
     def begin_task(self, task: Task) -> None:
         self.learn.begin_task(task)
@@ -60,21 +60,21 @@ class Compose(Method):
     def experts(self, query: Query) -> Sequence[Expert]:
         return self.fuser.experts(query)
 
-    def home(self) -> Expert:
-        return self.fuser.home()
+    def base_expert(self) -> Expert:
+        return self.fuser.base_expert()
 
     def calibrate(self, task: Task) -> None:
-        self.wear(self.home())
+        self.load_expert(self.base_expert())
         self.answerer.calibrate(task)
 
     def logits(self, query: Query) -> Tensor:
         return self.answerer.logits(query)
 
-    def concludes(self) -> bool:
-        return self.answerer.concludes()
+    def finalizes(self) -> bool:
+        return self.answerer.finalizes()
 
-    def conclude(self, query: Query, logits: Tensor) -> Tensor:
-        return self.answerer.conclude(query, logits)
+    def finalize(self, query: Query, logits: Tensor) -> Tensor:
+        return self.answerer.finalize(query, logits)
 
     def distinct(self) -> dict[str, Method]:
         """The parts, each once, under the first role it plays."""

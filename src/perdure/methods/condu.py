@@ -33,8 +33,8 @@ from torch import Tensor
 
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
-from perdure.core.weights import Computed, Weights, check_alike
-from perdure.data.task import Query, Surroundings, Task
+from perdure.core.weights import Lazy, Weights, check_alike
+from perdure.data.task import Query, Context, Task
 from perdure.data.transforms import random_resized_crop
 from perdure.methods.base import METHODS, Expert, Method, Recipe, Row, State, register
 from perdure.models import lora
@@ -83,8 +83,8 @@ class ConDU(Method):
     carries_weights = False
     state: Unified
 
-    def join(self, clip: CLIP, around: Surroundings) -> None:
-        super().join(clip, around)
+    def join(self, clip: CLIP, context: Context) -> None:
+        super().join(clip, context)
         self.factors = lora.factors(clip.backbone)  # that every task starts from
         if self.config.lora_unify == "factors" and not self.factors:
             raise PerdureError(
@@ -125,7 +125,7 @@ class ConDU(Method):
         state.order, state.unified, state.trigger = list(triggers), unified, triggers
         for name, trigger in triggers.items():
             if not left(trigger):
-                self.around.warn(
+                self.context.warn(
                     f"Nothing is left of task {name}: it changed no weight, or the other tasks outvoted it everywhere. "
                     "The pre-trained model answers for it."
                 )
@@ -145,7 +145,7 @@ class ConDU(Method):
         tensor = partial(
             fusion.expert, self.origin, unified=s.unified, bits=s.trigger[name], rescaler=s.rescaler[number]
         )
-        weights = Computed(self.origin, tensor)
+        weights = Lazy(self.origin, tensor)
         pretrained = self.clip.pretrained
         return lora.multiplied(self.clip.backbone, pretrained, weights) if self.unifies_factors else weights
 
@@ -155,21 +155,21 @@ class ConDU(Method):
     def prototypes(self, task: Task) -> Tensor:
         """(C, D): each class's place between its training images and its prompts, in θ⁰'s feature space."""
         clip = self.clip
-        clip.become("pretrained", clip.pretrained)
+        clip.load_weights("pretrained", clip.pretrained)
         parts = task.train.pixels.split(256)
         if self.config.prototype_images == "augmented":
-            draw = torch.Generator().manual_seed(derive(self.around.seed, task.name, "crops of the prototypes"))
+            draw = torch.Generator().manual_seed(derive(self.context.seed, task.name, "crops of the prototypes"))
             parts = (random_resized_crop(x.float() / 255, clip.size, draw) for x in parts)
         features = torch.cat([clip.encode_image(x) for x in parts])
         means, sizes = class_means(features, task.train.labels.to(clip.device), len(task.classes))
         if empty := [c.name for c, size in zip(task.classes, sizes.tolist(), strict=True) if not size]:
-            self.around.warn(f"{task.name}: no training image of {', '.join(empty)}; the prototype is its text alone.")
+            self.context.warn(f"{task.name}: no training image of {', '.join(empty)}; the prototype is its text alone.")
         texts = torch.stack([clip.encode_text(c.prompts()).mean(0) for c in task.classes])
         return blend(means, texts)
 
     # ---- answering
 
-    def home(self) -> Expert:
+    def base_expert(self) -> Expert:
         return Expert("pretrained", self.clip.pretrained)
 
     def experts(self, query: Query) -> Sequence[Expert]:
@@ -179,7 +179,7 @@ class ConDU(Method):
             return (Expert(names[query.task], self.decoupled(query.task)),)
         if not s.order or not self.config.experts:
             return (Expert("pretrained", pretrained),)
-        clip.become("pretrained", pretrained)
+        clip.load_weights("pretrained", pretrained)
         features = clip.features(query.images) if query.embedded is None else query.embedded
         nearness = torch.stack([best_similarity(features, s.prototypes[name]) for name in s.order], dim=1)
         gates = fusion.shares(nearness, self.config.experts, self.config.weighting)

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from perdure.core.state import Once
+from perdure.core.state import Frozen
 from perdure.data.task import Query, Task
 from perdure.methods.base import METHODS, Expert, Method, Row, State, register
 from perdure.training.fit import Schedule
@@ -60,15 +60,15 @@ class Individual(Method):
         self.clip.restart()
 
     def fuse(self, task: Task) -> None:
-        self.state.expert[task.name] = Once(self.clip.weights())
+        self.state.expert[task.name] = Frozen(self.clip.weights())
         self.state.order.append(task.name)
 
-    def home(self) -> Expert:
+    def base_expert(self) -> Expert:
         return Expert("pretrained", self.clip.pretrained)
 
     def experts(self, query: Query) -> Sequence[Expert]:
         if query.task is None or query.task >= len(self.state.order):
-            return (self.home(),)
+            return (self.base_expert(),)
         name = self.state.order[query.task]
         return (Expert(f"expert {name}", self.state.expert[name]),)
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
 from perdure.core.weights import interpolate, original
-from perdure.data.task import Batch, Surroundings, Task
+from perdure.data.task import Batch, Context, Task
 from perdure.methods.base import Method, Recipe, State, register
 from perdure.models.clip import CLIP
 from perdure.ops.losses import alignment, alignment_targets, distillation
@@ -80,8 +80,8 @@ class GIFT(Method):
     State = Learned
     state: Learned
 
-    def bind(self, clip: CLIP, around: Surroundings | None = None) -> None:
-        super().bind(clip, around)
+    def bind(self, clip: CLIP, context: Context | None = None) -> None:
+        super().bind(clip, context)
         c = self.config
         if not self.replays and c.consolidation not in ("l2", "none"):
             raise PerdureError(
@@ -89,7 +89,7 @@ class GIFT(Method):
                 "Set consolidation=l2 or none, or turn one of them on."
             )
         if self.replays:
-            self.replay = Replay(c, self.around, clip.size, clip.device.type)
+            self.replay = Replay(c, self.context, clip.size, clip.device.type)
 
     @property
     def replays(self) -> bool:
@@ -108,7 +108,7 @@ class GIFT(Method):
         self.pile: dict[str, Tensor] = {}
         if self.replays:
             self.pairs = self.replay.pairs(task.name, self.state.prompts)
-            order = torch.Generator().manual_seed(derive(self.around.seed, task.name, "order of the pairs"))
+            order = torch.Generator().manual_seed(derive(self.context.seed, task.name, "order of the pairs"))
             self.order = batches(len(self.pairs), self.config.synthetic_batch, order)
             self.prompts = list(dict.fromkeys(self.pairs.prompts))
             number = {prompt: k for k, prompt in enumerate(self.prompts)}
@@ -123,7 +123,7 @@ class GIFT(Method):
         if self.config.teacher != "previous":
             share = self.config.teacher_mix if self.config.teacher == "mix" else 0.0
             teacher = copy.deepcopy(self.clip)
-            teacher.become("teacher", interpolate(self.clip.pretrained, self.clip.weights(), share))
+            teacher.load_weights("teacher", interpolate(self.clip.pretrained, self.clip.weights(), share))
         self.teacher_images = torch.cat([teacher.encode_image(x) for x in self.pairs.images.split(64)])
         rows = [teacher.encode_text(self.prompts[i : i + 256]) for i in range(0, len(self.prompts), 256)]
         self.teacher_texts = torch.cat(rows)

@@ -56,7 +56,7 @@ class Merge(Method):
 
     def start(self, task: Task) -> None:
         if self.config.rule == "magmax" and self.state.last:
-            self.clip.become(f"tuned {self.state.count}", self.state.last)
+            self.clip.load_weights(f"tuned {self.state.count}", self.state.last)
         elif self.config.rule != "interpolate":
             self.clip.restart()
 
@@ -72,7 +72,7 @@ class Merge(Method):
             merged = self.merged(tuned)
         if self.config.rule == "magmax":
             state.last = tuned
-        self.clip.become(f"merged {task.name}", merged)
+        self.clip.load_weights(f"merged {task.name}", merged)
 
     def merged(self, tuned: Weights) -> dict[str, Tensor]:
         """θ⁰ + scale·(the deltas so far and that of ``tuned``, merged)."""

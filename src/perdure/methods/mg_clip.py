@@ -158,7 +158,7 @@ class MGCLIP(Method):
         there = sizes > 0  # a class without images gets no row: its text answers for it
         rows, labels = rows[there], (there.cumsum(0) - 1)[labels]
         learner = HeadLearner(CosineHead(rows), self.config)
-        order = torch.Generator().manual_seed(derive(self.around.seed, task.name, "order of the head's features"))
+        order = torch.Generator().manual_seed(derive(self.context.seed, task.name, "order of the head's features"))
         draws = (Batch(features[i], labels[i]) for i in batches(len(labels), self.config.head_batch, order))
         optimise(learner, learner.plan(len(labels)), draws, self.clip.device)
         self.keep([c for c, t in zip(task.classes, there.tolist(), strict=True) if t], learner.head.rows.detach())
@@ -180,10 +180,10 @@ class MGCLIP(Method):
 
     # ---- predict
 
-    def concludes(self) -> bool:
+    def finalizes(self) -> bool:
         return self.config.head
 
-    def conclude(self, query: Query, logits: Tensor) -> Tensor:
+    def finalize(self, query: Query, logits: Tensor) -> Tensor:
         c = self.config
         if not c.head:
             return logits

@@ -47,7 +47,7 @@ class NearestClassMean(Method):
         named = [[c.name, list(c.templates)] for c in task.classes]
         self.state.classes = [*self.state.classes, *(n for n, s in zip(named, there.tolist(), strict=True) if s)]
 
-    def conclude(self, query: Query, logits: Tensor) -> Tensor:
+    def finalize(self, query: Query, logits: Tensor) -> Tensor:
         place = places(self.state.classes)
         rows = [place.get((c.name, c.templates)) for c in query.classes]
         known = [k for k, row in enumerate(rows) if row is not None]

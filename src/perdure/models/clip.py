@@ -156,7 +156,7 @@ class CLIP(nn.Module):
             whole.update(tensor.cpu().contiguous().numpy().tobytes())
         return whole.hexdigest()
 
-    def become(self, name: str, weights: Weights) -> None:
+    def load_weights(self, name: str, weights: Weights) -> None:
         """Take plain weights on, in place. A name that it holds already costs nothing."""
         if name == self.holds:
             return
@@ -170,7 +170,7 @@ class CLIP(nn.Module):
 
     def restart(self) -> None:
         """Back to the pre-trained weights, with new adapters where there are any."""
-        self.become("pretrained", self.pretrained)
+        self.load_weights("pretrained", self.pretrained)
         lora.reset(self.backbone)
         self.with_new_adapters()
 

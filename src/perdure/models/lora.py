@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perdure.core.weights import Computed, Weights
+from perdure.core.weights import Lazy, Weights
 
 TOWERS = {"both": "(vision_model|text_model)", "image": "vision_model", "text": "text_model"}
 
@@ -84,7 +84,7 @@ def factors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items() if "lora_" in name}
 
 
-def multiplied(module: nn.Module, weights: Weights, found: Weights) -> Computed:
+def multiplied(module: nn.Module, weights: Weights, found: Weights) -> Lazy:
     """Plain ``weights`` with the products of the factors ``found`` added, tensor by tensor as they are asked for."""
     scale = {f"{name}.weight": layer.scaling["default"] for name, layer in adapters(module)}
 
@@ -94,4 +94,4 @@ def multiplied(module: nn.Module, weights: Weights, found: Weights) -> Computed:
         a, b = (found[f"{name.removesuffix('.weight')}.lora_{x}.default.weight"] for x in "AB")
         return weights[name] + scale[name] * (b @ a)
 
-    return Computed(weights, compute)
+    return Lazy(weights, compute)

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
 from perdure.core.state import only_one, read_json
-from perdure.data.task import Surroundings
+from perdure.data.task import Context
 from perdure.synthesis.generator import Generator
 from perdure.synthesis.prompts import Request, requests, vocabulary
 from perdure.synthesis.store import COLLECTED, Pairs, Store, seal
@@ -53,31 +53,31 @@ class Synthesis:
 class Replay:
     """Draws, keeps and reads a run's pairs; bound to its seed, folder and stream."""
 
-    def __init__(self, config: Synthesis, around: Surroundings, size: int, device: str):
-        self.config, self.around, self.size = config, around, size
-        own = around.folder / "pairs" if around.folder is not None else None
+    def __init__(self, config: Synthesis, context: Context, size: int, device: str):
+        self.config, self.context, self.size = config, context, size
+        own = context.folder / "pairs" if context.folder is not None else None
         self.folder = Path(config.pairs) if config.pairs else own
         self.collected = self.folder is not None and is_collected(self.folder)
         if self.collected:
             return
-        path = around.generator if config.generator == "stream" else config.generator
+        path = context.generator if config.generator == "stream" else config.generator
         c = config
         self.generator = Generator(path, c.sampling_steps, c.guidance, c.sampling_batch, device)
-        self.vocabulary = vocabulary(c.vocabulary, around.vocabulary)
+        self.vocabulary = vocabulary(c.vocabulary, context.vocabulary)
         if self.folder is not None:
             self.store()  # refuses a folder that was made for something else before anything is trained
 
     def store(self) -> Store:
         """The store as it lies on disk now."""
         assert self.folder is not None
-        return Store(self.folder, {"kind": COLLECTED} if self.collected else self.made_for(), self.around.warn)
+        return Store(self.folder, {"kind": COLLECTED} if self.collected else self.made_for(), self.context.warn)
 
     def made_for(self) -> dict[str, object]:
         """What must agree for a kept image to be the one that is wanted."""
         c = self.config
         template = f"{self.vocabulary[0]} … ({len(self.vocabulary)} prompts, {seal(self.vocabulary)})"
         return {
-            "stream": self.around.stream, "vocabulary": template, "generator": self.generator.identity,
+            "stream": self.context.stream, "vocabulary": template, "generator": self.generator.identity,
             "sampling_steps": c.sampling_steps, "guidance": c.guidance,
         }  # fmt: skip
 
@@ -92,11 +92,11 @@ class Replay:
 
     def wanted(self, task: str, learned: Sequence[str]) -> list[Request]:
         """What is to be drawn for learning ``task``."""
-        return requests([*self.vocabulary, *learned], self.config.synthetic, self.around.seed, task)
+        return requests([*self.vocabulary, *learned], self.config.synthetic, self.context.seed, task)
 
     def some(self, store: Store, task: str) -> list[Request]:
         """As many of the collected pairs as are asked for, chosen without replacement."""
-        rng = np.random.default_rng(derive(self.around.seed, task, "collected"))
+        rng = np.random.default_rng(derive(self.context.seed, task, "collected"))
         all_of_them = list(store.entries)
         return [all_of_them[k] for k in rng.permutation(len(all_of_them))[: self.config.synthetic]]
 
@@ -118,7 +118,7 @@ class Replay:
             for first in range(0, len(todo), size):
                 asked = todo[first : first + size]
                 store.add(list(self.generator.draw(asked)))
-                self.around.drawn(done + first + len(asked), len(wanted), len(asked))
+                self.context.drawn(done + first + len(asked), len(wanted), len(asked))
         black = store.black(wanted)
         if black:
             store.warn(f"{black} of {len(wanted)} images came back black and are left out.")

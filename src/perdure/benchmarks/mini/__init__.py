@@ -20,7 +20,7 @@ from PIL import Image
 
 from perdure.core.errors import DamagedFile
 from perdure.core.state import read_bytes, read_json
-from perdure.data.splits import cut
+from perdure.data.splits import split_classes
 from perdure.data.task import Class, Images, Probe, Stream, Task
 
 ASSETS = Path(__file__).parent / "assets"
@@ -79,7 +79,7 @@ def class_incremental() -> Stream:
     names = list(about["test"]["drawings"])
     order = [names.index(name) for name in about["order"]]
     sizes = [len(names) // about["steps"]] * about["steps"]
-    tasks = cut(classes_of(about["test"], about["templates"]), train, test, order, sizes)
+    tasks = split_classes(classes_of(about["test"], about["templates"]), train, test, order, sizes)
     return stream("mini-cil", tasks, "class_incremental", labels="seen", task_id="hidden")
 
 

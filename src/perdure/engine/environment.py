@@ -1,0 +1,45 @@
+"""Versions, machine, memory: what a run notes down about where it was done."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from perdure.engine.settings import Settings
+
+
+def environment(settings: Settings) -> dict[str, Any]:
+    """Versions and machine: what may change a result's bits."""
+    packages = ("torch", "transformers", "diffusers", "peft", "safetensors", "numpy", "perdure")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": settings.threads,
+        "device": settings.device,
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def forget_peak_memory() -> None:
+    """Start measuring the peak anew, where the system can: a process may do several runs."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held since ``forget_peak_memory`` (elsewhere than on Linux: ever), in MB."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1.024e-3, 1)
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return 0.0
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 976.6), 1)

@@ -1,0 +1,72 @@
+"""What a run needs beyond the method's options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+
+from perdure.core.errors import PerdureError
+from perdure.core.precision import precision_of
+from perdure.data.splits import reordered
+from perdure.data.task import Stream
+
+THREADS = torch.get_num_threads()  # before any run changes it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run needs beyond the method's options."""
+
+    model: Annotated[str, Field(description="folder or Hub id of a CLIP; empty: the stream's own")] = ""
+    labels: Annotated[
+        Literal["stream", "task", "seen", "all"], Field(description="classes that compete; stream: as is usual there")
+    ] = "stream"
+    task_id: Annotated[
+        Literal["stream", "known", "hidden"], Field(description="whether the task is told; stream: as is usual there")
+    ] = "stream"
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"], Field(description="of training; auto: bf16 where the processor has it")
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="auto: an accelerator if there is one")] = (
+        "auto"
+    )
+    threads: Annotated[int, Field(ge=0, le=1024, description="processor threads; 0: as torch chooses")] = 0
+    tasks: Annotated[int, Field(ge=0, description="only the first tasks, for a quick look; 0: all")] = 0
+    images: Annotated[
+        int, Field(ge=0, description="at most so many images a task and side, for a quick look; 0: all")
+    ] = 0
+
+    shots: Annotated[int, Field(ge=0, description="training images a class, drawn by the seed (few-shot); 0: all")] = 0
+
+    class_order: Annotated[
+        str,
+        BeforeValidator(str),
+        Field(description="class-incremental: a seed, or a JSON file of class names; empty: the stream's own"),
+    ] = ""
+
+    def select(self, stream: Stream, seed: int) -> Stream:
+        """The part of ``stream`` that a run is to see."""
+        stream = reordered(stream, self.class_order) if self.class_order else stream
+        return stream.shortened(self.tasks, self.images).few_shot(self.shots, seed)
+
+    def settled(self, stream: Stream) -> Settings:
+        """With every choice made, as a run records it."""
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise PerdureError("device=cuda: torch finds no CUDA device here. Use device=cpu.")
+        return replace(
+            self,
+            model=str(Path(self.model).resolve())
+            if Path(self.model).is_dir() and self.model
+            else self.model or "stream",
+            class_order=str(Path(self.class_order).resolve()) if Path(self.class_order).is_file() else self.class_order,
+            labels=stream.labels if self.labels == "stream" else self.labels,  # type: ignore[arg-type]
+            task_id=stream.task_id if self.task_id == "stream" else self.task_id,  # type: ignore[arg-type]
+            precision=precision_of(self.precision, device),  # type: ignore[arg-type]
+            device=device,
+            threads=self.threads or THREADS,
+        )

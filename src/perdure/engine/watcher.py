@@ -1,0 +1,34 @@
+"""Who hears how a run goes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+class Watcher:
+    """Hears how a run goes; the command line's draws it. The default is silent."""
+
+    def begins(self, tasks: list[str], rows: list[list[float]], probe: list[float]) -> None:
+        """A run begins or goes on, with the rows it has."""
+
+    def learns(self, task: str, number: int) -> None:
+        """Task ``number`` (1 … T) is being learned; 0: the model is looked at before any."""
+
+    def draws(self, done: int, total: int, new: int) -> None:
+        """Of ``total`` synthetic images for the task ``done`` are there, ``new`` of them since the last call."""
+
+    def step(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
+        """A training step is done."""
+
+    def evaluates(self) -> None:
+        """All tasks and the probe are being evaluated."""
+
+    def row(self, accuracy: list[float], probe: float | None) -> None:
+        """A row of the accuracy matrix is known and safe on disk."""
+
+    def warn(self, text: str) -> None:
+        """Something the user should know."""
+        print(text, file=sys.stderr)
