@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from perdure.core.weights import Lazy, original
-from perdure.data.task import Class, Query, Context
-from perdure.engine.run import forget_peak_memory, peak_memory_mb
+from perdure.data.task import Class, Context, Query
+from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.methods.condu import ConDU, Unified
 from perdure.models.clip import CLIP
 from perdure.ops import fusion

@@ -29,7 +29,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from perdure.core.precision import precision_of
 from perdure.data.task import Batch, Class, Images, Task
-from perdure.engine.run import forget_peak_memory, peak_memory_mb
+from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.methods.gift import GIFT
 from perdure.models.clip import CLIP
 from perdure.ops.losses import alignment, alignment_targets, distillation

@@ -14,7 +14,7 @@ from perdure import launch
 from perdure.benchmarks import STREAMS, class_incremental, mini
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.data.files import Files
-from perdure.data.splits import split_classes, read_order, reordered, sizes_of
+from perdure.data.splits import read_order, reordered, sizes_of, split_classes
 from perdure.data.task import Class, Images, Stream
 
 CLASSES = tuple(Class(n, ("a {}",)) for n in "abcdef")

@@ -14,7 +14,7 @@ from perdure import launch
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
 from perdure.core.weights import floating
-from perdure.data.task import Images, Query, Stream, Context, Task
+from perdure.data.task import Context, Images, Query, Stream, Task
 from perdure.engine.checkpoint import read_task
 from perdure.methods.condu import ConDU
 from perdure.methods.merge import Config, Merge, trimmed

@@ -23,7 +23,7 @@ import torch
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.state import as_json, digest, read_json, write_json
 from perdure.data.files import Files
-from perdure.data.splits import split_classes, sizes_of
+from perdure.data.splits import sizes_of, split_classes
 from perdure.data.task import Class, Images, Stream
 
 MODEL, TEMPLATE, SIDE = "openai/clip-vit-base-patch16", "a good photo of a {}.", 224

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from perdure.core.registry import Registry
 from perdure.core.state import pack, unpack
 from perdure.core.weights import Weights
-from perdure.data.task import Batch, Query, Context, Task
+from perdure.data.task import Batch, Context, Query, Task
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification
 from perdure.training.fit import Backward, Schedule
@@ -182,7 +182,7 @@ class Method:
         return self.clip.encode_image(query.images[:]) if query.embedded is None else query.embedded
 
     def finalize(self, query: Query, logits: Tensor) -> Tensor:
-        """(N, C): the answer, made of Σ gate × logits over the experts and of the features of ``base_expert``, ``query.embedded``."""
+        """(N, C): the answer, of Σ gate × logits over the experts and the features of ``base_expert``, ``query.embedded``."""
         return logits
 
     def finalizes(self) -> bool:

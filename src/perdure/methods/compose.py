@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from perdure.data.task import Batch, Query, Context, Task
+from perdure.data.task import Batch, Context, Query, Task
 from perdure.methods.base import Expert, Method
 from perdure.models.clip import CLIP
 from perdure.training.fit import Backward, Schedule

@@ -34,7 +34,7 @@ from torch import Tensor
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
 from perdure.core.weights import Lazy, Weights, check_alike
-from perdure.data.task import Query, Context, Task
+from perdure.data.task import Context, Query, Task
 from perdure.data.transforms import random_resized_crop
 from perdure.methods.base import METHODS, Expert, Method, Recipe, Row, State, register
 from perdure.models import lora
