@@ -10,7 +10,7 @@ from conftest import SHORT
 from safetensors.torch import load_file
 
 from perdure import launch
-from perdure.core.state import pack, unpack
+from perdure.core.packing import pack, unpack
 from perdure.core.weights import interpolate
 from perdure.data.task import Query, Stream
 from perdure.engine.checkpoint import read_task

@@ -1,23 +1,20 @@
-"""Files that survive: written beside and renamed, with a checksum; tensors as safetensors, the rest as JSON."""
+"""Files that survive: written beside and renamed, with a checksum; one process at a time."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile, PerdureError
-
-S = TypeVar("S")
 
 
 def digest(data: bytes) -> str:
@@ -89,43 +86,6 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
         return dict(load(read_bytes(path, sha256)))
     except SafetensorError as error:
         raise DamagedFile(f"{path} is damaged: {error}.") from None
-
-
-class Frozen(dict[str, Tensor]):
-    """Tensors that never change once they are made: a checkpoint writes them once, and names them again after that."""
-
-
-def pack(state: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """A ``State`` dataclass → (tensors by file, plain values).
-
-    Fields are plain values (JSON), ``dict[str, Tensor]`` (one file ``state``), or ``dict[str, dict[str, Tensor]]``: one
-    file an entry, and where the entry is ``Frozen`` it is written once.
-    """
-    files: dict[str, dict[str, Tensor]] = {}
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(state):
-        value = getattr(state, field.name)
-        if not isinstance(value, dict) or not value or not isinstance(next(iter(value.values())), Tensor | dict):
-            values[field.name] = value
-        elif isinstance(next(iter(value.values())), Tensor):
-            files.setdefault("state", {}).update({f"{field.name}/{k}": v for k, v in value.items()})
-        else:
-            files.update({f"{field.name}_{k}": v for k, v in value.items()})
-            values[field.name] = {"entries": sorted(value), "once": all(isinstance(v, Frozen) for v in value.values())}
-    return files, values
-
-
-def unpack(kind: type[S], files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> S:
-    """The inverse of ``pack``."""
-    found = dict(values)
-    for name, tensor in files.get("state", {}).items():
-        field, _, key = name.partition("/")
-        found.setdefault(field, {})[key] = tensor
-    for field, value in values.items():
-        if isinstance(value, dict) and "entries" in value:
-            kind_of = Frozen if value.get("once", True) else dict
-            found[field] = {key: kind_of(files[f"{field}_{key}"]) for key in value["entries"]}
-    return kind(**found)
 
 
 @contextlib.contextmanager

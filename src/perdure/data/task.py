@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,8 @@ class Context:
 
     ``folder`` is where it may keep what can be made again (None: nowhere); ``stream``, ``generator`` and ``vocabulary`` are
     the stream's; ``drawn(done, total, new)`` hears how the drawing of images goes, ``warn(text)`` what
-    someone should know.
+    someone should know. ``tasks`` are those of the stream: a method that replays real images keeps their numbers as state,
+    and takes the images themselves from there.
     """
 
     seed: int = 0
@@ -112,6 +113,11 @@ class Context:
     vocabulary: tuple[Class, ...] = ()
     drawn: OnDraw = silent
     warn: Callable[[str], None] = silent
+    tasks: tuple[Task, ...] = ()
+
+    def images(self, task: str, index: Tensor) -> Images:
+        """Training images of a task by its name, those numbered ``index`` (n,)."""
+        return next(t for t in self.tasks if t.name == task).train.take(index)
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ class Stream:
         self, seed: int = 0, folder: Path | None = None, drawn: OnDraw = silent, warn: Callable[[str], None] = silent
     ) -> Context:
         """What a run of this stream offers its method."""
-        return Context(seed, folder, self.name, self.generator, self.vocabulary, drawn, warn)
+        return Context(seed, folder, self.name, self.generator, self.vocabulary, drawn, warn, self.tasks)
 
     def __post_init__(self) -> None:
         names = [t.name for t in self.tasks]
@@ -209,9 +215,34 @@ class Query:
         return [self.part(rows) for rows in torch.arange(len(self.images)).split(size)]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A training batch. images: (B, 3, H, W) float32 in 0 … 1, augmented; labels: (B,) int64."""
+class Batch(Mapping[str, Any]):
+    """A training batch: a record whose fields are read by name, ``batch.images`` or ``batch["images"]``.
+
+    images: (B, 3, H, W) float32 in 0 … 1, augmented (of a phase on features: (B, D)); labels: (B,) int64; where they are
+    known, index: (B,) int64, the images' numbers in what is trained on, and captions: a text an image. A kind of data that a
+    method adds is one more field.
+    """
 
     images: Tensor
     labels: Tensor
+
+    def __init__(self, images: Tensor, labels: Tensor, **more: Any):
+        self.fields = {"images": images, "labels": labels, **more}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.fields[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "fields" or name not in self.fields:
+            raise AttributeError(f"this batch has no '{name}'")
+        return self.fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device."""
+        return Batch(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.fields.items()})

@@ -20,7 +20,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile
-from perdure.core.state import Frozen, digest, read_json, read_tensors, sync_folder, write_bytes, write_json
+from perdure.core.packing import Frozen
+from perdure.core.state import digest, read_json, read_tensors, sync_folder, write_bytes, write_json
 from perdure.methods.base import Method
 
 

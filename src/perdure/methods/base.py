@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perdure.core.registry import Registry
-from perdure.core.state import pack, unpack
+from perdure.core.packing import pack, unpack
 from perdure.core.weights import Weights
 from perdure.data.task import Batch, Context, Query, Task
 from perdure.models.clip import CLIP

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from perdure.core.state import Frozen
+from perdure.core.packing import Frozen
 from perdure.data.task import Query, Task
 from perdure.methods.base import METHODS, Expert, Method, Row, State, register
 from perdure.training.fit import Schedule

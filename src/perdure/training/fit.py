@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,9 +16,11 @@ from torch import Tensor, nn
 from perdure.core.errors import PerdureError
 from perdure.data.task import Batch, Task
 from perdure.data.transforms import random_resized_crop
+from perdure.training.schedule import Schedule
 
 Gradients = dict[str, Tensor | None]
 OnStep = Callable[[int, int, Mapping[str, Tensor]], None]
+LOOK = 50  # steps after which losses are looked at: each look waits for the device
 
 
 class Backward(Protocol):
@@ -36,56 +37,45 @@ class Backward(Protocol):
         """Add a gradient that is known in closed form to what the parameter ``name`` has."""
         ...
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast: linear warm-up to ``lr``, then a cosine to ``floor``·lr at ``horizon``.
-
-    GIFT's, ZSCL's and ConDU's recipe goes to 0, a new rate each step; MG-CLIP's to a hundredth, a new rate each epoch
-    (``stride`` steps). ``augment``: whether images are cropped at random.
-    """
-
-    steps: int
-    lr: float
-    warmup: int
-    batch_size: int
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float | None = None
-    horizon: int | None = None  # the step at which the rate is lowest; None: ``steps``, so that no step is taken there
-    floor: float = 0.0
-    stride: int = 1
-    augment: bool = True
-
-    def rate(self, step: int) -> float:
-        """The learning rate of step 0 … steps - 1."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        length = (self.steps if self.horizon is None else self.horizon) - self.warmup
-        gone = (step - self.warmup) // self.stride * self.stride
-        return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * gone / max(1, length))))
-
-
-class Stepper(Protocol):
-    """What ``optimise`` asks of whatever learns."""
-
-    def parameters(self) -> Mapping[str, nn.Parameter]: ...
-
-    def step(self, batch: Batch, backward: Backward) -> None: ...
-
-    def enough(self, steps: int) -> bool:
-        """Whether to stop after so many steps."""
+    def replace(self, name: str, gradient: Tensor) -> None:
+        """Put a gradient (a projection, say) in the place of all that the parameter ``name`` has."""
         ...
 
 
-class Learner(Stepper, Protocol):
+class Stepper:
+    """What ``optimise`` asks of whatever learns."""
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What learns, by name."""
+        return {}
+
+    def step(self, batch: Batch, backward: Backward) -> None:
+        """One batch: hand its losses to ``backward``."""
+
+    def stepped(self, step: int) -> None:
+        """After the optimiser's step number ``step`` (1 …): what is done to the weights themselves."""
+
+    def enough(self, steps: int) -> bool:
+        """Whether to stop after so many steps, before the schedule ends."""
+        return False
+
+
+class Learner(Stepper):
     """What ``fit`` asks of a method."""
 
-    def schedule(self, task: Task) -> Schedule: ...
+    def schedule(self, task: Task) -> Schedule:
+        """How long and how fast ``task`` is trained on."""
+        raise NotImplementedError
 
     def again(self, task: Task) -> bool:
         """After training: whether to train anew, under the schedule that is asked for then."""
-        ...
+        return False
+
+
+class Losses(dict[str, list[float]]):
+    """Every loss by name, one value a step. ``steps``: how many were taken, whatever they recorded."""
+
+    steps = 0
 
 
 def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -102,17 +92,17 @@ def fit(
     device: torch.device,
     precision: str = "fp32",
     on_step: OnStep | None = None,
-) -> dict[str, list[float]]:
+) -> Losses:
     """Train on one task; return every loss by name, one value a step.
 
     ``image_size``: the side of the augmented crops, in pixels. ``precision``: ``bf16`` computes under autocast, with the
     weights and the optimiser in fp32; ``fp32`` computes as stored. Same generator, same task, same bits.
     """
     while True:
-        plan = learner.schedule(task)
-        record = optimise(learner, plan, crops(task, plan, generator, image_size), device, precision, on_step)
-        losses = course(record, task.name) if record else {}
-        if not record or not learner.again(task):
+        plan = learner.schedule(task).over(len(task.train))
+        draws = crops(task, plan, generator, image_size)
+        losses = optimise(learner, plan, draws, device, precision, on_step, task.name)
+        if not losses.steps or not learner.again(task):
             return losses
 
 
@@ -122,52 +112,82 @@ def crops(task: Task, plan: Schedule, generator: torch.Generator, image_size: in
         images = task.train.pixels[index].float() / 255
         if plan.augment:
             images = random_resized_crop(images, image_size, generator)
-        yield Batch(images, task.train.labels[index])
+        yield Batch(images, task.train.labels[index], index=index)
 
 
 def optimise(
     learner: Stepper, plan: Schedule, draws: Iterator[Batch], device: torch.device, precision: str = "fp32",
-    on_step: OnStep | None = None,
-) -> list[dict[str, Tensor]]:  # fmt: skip
-    """Take ``plan.steps`` steps of AdamW, or until the learner has ``enough``; return each step's losses by name."""
+    on_step: OnStep | None = None, name: str = "features",
+) -> Losses:  # fmt: skip
+    """Take ``plan.steps`` steps, or until the learner has ``enough``; return each loss over the steps.
+
+    Raises ``PerdureError`` within 50 steps where a loss is not finite or nothing can learn; ``name`` says of what.
+    """
     parameters = dict(learner.parameters())
     if plan.steps == 0 or not parameters:
-        return []
-    trained = list(parameters.values())
-    optimizer = torch.optim.AdamW(trained, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True)
+        return Losses()
+    optimizer, trained = plan.optimizer_of(parameters), list(parameters.values())
     record: list[dict[str, Tensor]] = []
-    for step in range(plan.steps):
-        batch = next(draws)
-        losses: dict[str, Tensor] = {}
-        backward = Accumulator(parameters, losses)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            learner.step(Batch(batch.images.to(device), batch.labels.to(device)), backward)
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate(step)
-        if plan.clip is not None:
-            nn.utils.clip_grad_norm_(trained, plan.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        record.append(losses)
-        if on_step:
-            on_step(step + 1, plan.steps, losses)
-        if learner.enough(step + 1):
-            break
-    return record
+    reached = False
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
+        for step in range(plan.steps):
+            losses: dict[str, Tensor] = {}
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                learner.step(next(draws).to(device), Accumulator(parameters, losses))
+            reached = reached or any(p.grad is not None for p in trained)
+            for group in optimizer.param_groups:
+                group["lr"] = plan.rate(step) * group["factor"]
+            if plan.clip is not None:
+                nn.utils.clip_grad_norm_(trained, plan.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            learner.stepped(step + 1)
+            record.append(losses)
+            if on_step:
+                on_step(step + 1, plan.steps, losses)
+            last = learner.enough(step + 1) or step + 1 == plan.steps
+            if last or (step + 1) % LOOK == 0:
+                check_finite(record, name)
+                check_reached(reached, step + 1, name)
+            if last:
+                break
+    return course(record)
 
 
-def course(record: Sequence[Mapping[str, Tensor]], task: str) -> dict[str, list[float]]:
-    """Each loss over the steps, 0 where a step lacks it. Refuses a training that diverged: its weights are worth nothing."""
-    names = {name: None for losses in record for name in losses}  # in the order in which they appeared
+def check_finite(record: Sequence[Mapping[str, Tensor]], name: str) -> None:
+    """Refuse a training that diverged, among its last steps: its weights are worth nothing."""
+    recent = record[-LOOK:]
+    values = [loss for losses in recent for loss in losses.values()]
+    if not values or bool(torch.stack(values).isfinite().all()):
+        return
+    first = len(record) - len(recent) + 1
+    step, part = next(
+        (number, part)
+        for number, losses in enumerate(recent, first)
+        for part, loss in losses.items()
+        if not math.isfinite(loss.item())
+    )
+    raise PerdureError(
+        f"Training on {name} diverged: the loss '{part}' is not a number from step {step} on. Tasks that were finished "
+        "are kept. Start a new run with a smaller lr, a longer warmup or clip_grad=1."
+    )
+
+
+def check_reached(reached: bool, steps: int, name: str) -> None:
+    """Refuse a training in which no gradient came to any parameter."""
+    if not reached:
+        raise PerdureError(
+            f"Training on {name}: in {steps} steps no loss reached any parameter, so nothing was learned. The losses that "
+            "a method hands to 'backward' must depend on its 'parameters()', with gradients switched on."
+        )
+
+
+def course(record: Sequence[Mapping[str, Tensor]]) -> Losses:
+    """Each loss over the steps, 0 where a step lacks it."""
+    names = dict.fromkeys(name for losses in record for name in losses)  # in the order in which they appeared
     zero = next((loss.new_zeros(()) for losses in record for loss in losses.values()), torch.zeros(()))
-    out = {name: torch.stack([losses.get(name, zero) for losses in record]).tolist() for name in names}
-    for name, values in out.items():
-        bad = [step for step, value in enumerate(values, 1) if not math.isfinite(value)]
-        if bad:
-            raise PerdureError(
-                f"Training on {task} diverged: the loss '{name}' is not a number from step {bad[0]} on. "
-                "Tasks that were finished are kept. Start a new run with a smaller lr, a longer warmup or clip_grad=1."
-            )
+    out = Losses({name: torch.stack([losses.get(name, zero) for losses in record]).tolist() for name in names})
+    out.steps = len(record)
     return out
 
 
@@ -182,7 +202,9 @@ class Accumulator:
         rooted = [loss.float() for loss in losses.values() if loss.requires_grad]
         if not rooted:
             return dict.fromkeys(self.parameters)
-        found = torch.autograd.grad(torch.stack(rooted).sum(), list(self.parameters.values()), allow_unused=True)
+        # Autocast would round what flows back through the parts that were computed in fp32 on purpose.
+        with torch.autocast(rooted[0].device.type, enabled=False):
+            found = torch.autograd.grad(torch.stack(rooted).sum(), list(self.parameters.values()), allow_unused=True)
         gradients: Gradients = dict(zip(self.parameters, found, strict=True))
         for name, gradient in gradients.items():
             if gradient is not None:
@@ -192,3 +214,6 @@ class Accumulator:
     def add(self, name: str, gradient: Tensor) -> None:
         parameter = self.parameters[name]  # a new tensor each time: what was returned before stays as it was
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def replace(self, name: str, gradient: Tensor) -> None:
+        self.parameters[name].grad = gradient

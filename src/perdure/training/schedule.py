@@ -1,0 +1,77 @@
+"""How long and how fast something is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps, rates and the optimiser: linear warm-up to ``lr``, then a cosine to ``floor``·lr at ``horizon``.
+
+    GIFT's, ZSCL's and ConDU's recipe goes to 0, a new rate each step; MG-CLIP's to a hundredth, a new rate each epoch
+    (``stride`` steps). With ``milestones`` the rate stays after the warm-up and is multiplied by ``gamma`` at each of these
+    steps instead. ``epochs``: passes over the images in place of steps; see ``over``. ``rates``: factors on the rate of
+    parameters whose names begin so (the longest beginning counts). ``augment``: whether images are cropped at random.
+    """
+
+    steps: int
+    lr: float
+    warmup: int
+    batch_size: int
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = None
+    horizon: int | None = None  # the step at which the rate is lowest; None: ``steps``, so that no step is taken there
+    floor: float = 0.0
+    stride: int = 1
+    augment: bool = True
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    momentum: float = 0.9  # SGD's
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    epochs: int = 0
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    def over(self, count: int) -> Schedule:
+        """With epochs over ``count`` images as steps: the rate changes once an epoch, and milestones were epochs."""
+        if not self.epochs:
+            return self
+        size = -(-count // self.batch_size)
+        return replace(
+            self, steps=self.epochs * size, stride=size, epochs=0, milestones=tuple(m * size for m in self.milestones)
+        )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0 … steps - 1."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.milestones:
+            return self.lr * self.gamma ** sum(step >= m for m in self.milestones)
+        length = (self.steps if self.horizon is None else self.horizon) - self.warmup
+        gone = (step - self.warmup) // self.stride * self.stride
+        return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * gone / max(1, length))))
+
+    def factor(self, name: str) -> float:
+        """The factor on the rate of the parameter ``name``."""
+        begins = [prefix for prefix in self.rates if name.startswith(prefix)]
+        return self.rates[max(begins, key=len)] if begins else 1.0
+
+    def optimizer_of(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser, a group for each factor on the rate, which stands in the group as ``factor``."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            groups.setdefault(self.factor(name), []).append(parameter)
+        params = [{"params": members, "factor": factor} for factor, members in groups.items()]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True
+            )
+        kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
+        return kind(params, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True)
