@@ -158,6 +158,9 @@ class Stream:
                 raise PerdureError(f"The class '{one.name}' is in two steps of {self.name}: a class belongs to one.")
             seen.add(one)
 
+    def check(self, clip: Any) -> None:
+        """Refuse, before anything is computed, what ``clip`` cannot be asked or shown."""
+
     def few_shot(self, shots: int, seed: int) -> Stream:
         """``shots`` training images a class, drawn by the seed; 0: all. Another split."""
         if not shots:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from perdure.core.errors import DamagedFile
+from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.packing import Frozen
 from perdure.core.state import digest, read_json, read_tensors, sync_folder, write_bytes, write_json
 from perdure.methods.base import Method
@@ -34,16 +34,35 @@ class Saved:
     files: dict[str, dict[str, Tensor]]
 
     def restore(self, method: Method) -> None:
-        """Put weights and state back into a bound method."""
-        if "weights" in self.files:
-            method.clip.load_own_state(self.files["weights"], f"saved {self.folder.name}")
+        """Put state, modules (which may be made from the state) and weights back into a bound method."""
         device = method.clip.device
         state = {
             name: {key: tensor.to(device) for key, tensor in tensors.items()}
             for name, tensors in self.files.items()
-            if name not in ("weights", "hits")
+            if name not in ("weights", "hits", "modules")
         }
         method.unpack_state(state, self.record["values"])
+        load_modules(method, self.files.get("modules", {}))
+        if "weights" in self.files:
+            method.clip.load_own_state(self.files["weights"], f"saved {self.folder.name}")
+
+
+def module_state(method: Method) -> dict[str, Tensor]:
+    """The tensors of a method's own modules, as ``MODULE/TENSOR``."""
+    return {f"{name}/{key}": t for name, module in method.modules().items() for key, t in module.state_dict().items()}
+
+
+def load_modules(method: Method, saved: Mapping[str, Tensor]) -> None:
+    """Put saved tensors back into a method's own modules. ``PerdureError`` where they do not fit."""
+    known = module_state(method)
+    odd = sorted(k for k in set(known) | set(saved) if k not in known or k not in saved or known[k].shape != saved[k].shape)
+    if odd:
+        raise PerdureError(
+            f"The saved modules of the method do not fit those it has now: '{odd[0]}'. A method must make its modules in "
+            "'bind', or from its state in 'unpack_state', as they were when it was saved."
+        )
+    for name, module in method.modules().items():
+        module.load_state_dict({key: saved[f"{name}/{key}"] for key in module.state_dict()})
 
 
 def folder_name(index: int, task: str) -> str:
@@ -66,6 +85,8 @@ def save_task(
     files, values = method.pack_state()
     if method.carries_weights:
         files["weights"] = method.clip.own_state()
+    if modules := module_state(method):
+        files["modules"] = modules
     files["hits"] = hits
     beside = run / f".{name}.writing"
     shutil.rmtree(beside, ignore_errors=True)
@@ -76,9 +97,9 @@ def save_task(
             if key in kept and isinstance(tensors, Frozen):
                 written[key] = kept[key]
                 continue
-            path = f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', key)}.safetensors"
+            path = f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', key.replace('/', '_'))}.safetensors"
             path = free_name(beside / path).name  # two tasks' names may differ in such characters alone
-            data = save({n: t.detach().cpu().contiguous() for n, t in sorted(tensors.items())})
+            data = save(on_their_own(tensors))
             written[key] = {"path": f"{name}/{path}", "sha256": write_bytes(beside / path, data), "bytes": len(data)}
         record = {**record, "values": values, "files": written}
         write_json(beside / "state.json", {**record, "sha256": seal(record)})
@@ -88,6 +109,17 @@ def save_task(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return record
+
+
+def on_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file can hold them: on the processor, whole, none sharing its memory with another."""
+    out, seen = {}, set[int]()
+    for name, tensor in sorted(tensors.items()):
+        here = tensor.detach().cpu().contiguous()
+        memory = here.untyped_storage().data_ptr()
+        out[name] = here.clone() if memory in seen else here
+        seen.add(memory)
+    return out
 
 
 def seal(record: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from perdure.core.seeding import derive
-from perdure.data.task import Class, Query, Stream
+from perdure.data.task import Class, Probe, Query, Stream, Task
 from perdure.methods.base import Method
 from perdure.ops import metrics
 from perdure.ops.gap import measure
@@ -55,14 +56,18 @@ def evaluate(method: Method, stream: Stream, protocol: Protocol, seen: int) -> d
 
 @torch.no_grad()
 def gap(method: Method, stream: Stream, images: int = 256) -> dict[str, float]:
-    """The modality gap on ``images`` images of the probe (of all tasks' test images, where a stream has no probe), by
-    the weights whose features a head would stand on."""
-    asked = stream.probe or stream.joined(grouped=False)
-    seen = asked.test.spread(images)
-    method.load_expert(method.base_expert())
-    texts = method.clip.class_texts([c.prompts()[:1] for c in asked.classes])
-    embedded = method.clip.features(seen.pixels)
-    return measure(embedded, texts, seen.labels.to(texts.device), method.clip.scale.item())
+    """The modality gap on ``images`` images of the probe (spread over the tasks' test images, where a stream has no probe),
+    by the weights whose features a head would stand on."""
+    asked: Sequence[Probe | Task] = [stream.probe] if stream.probe else stream.tasks
+    seen = [part.test.spread(max(1, images // len(asked))) for part in asked]
+    first = torch.tensor([0, *(len(part.classes) for part in asked)]).cumsum(0).tolist()
+    clip = method.clip
+    with clip.preserved():
+        method.load_expert(method.base_expert())
+        texts = clip.class_texts([c.prompts()[:1] for part in asked for c in part.classes])
+        embedded = torch.cat([clip.features(part.pixels) for part in seen])
+    labels = torch.cat([part.labels + shift for part, shift in zip(seen, first, strict=False)])
+    return measure(embedded, texts, labels.to(texts.device), clip.scale.item())
 
 
 def per_cent(hits: Tensor) -> float:

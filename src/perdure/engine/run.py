@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
 from perdure.core.state import as_json, digest, only_one, write_json
-from perdure.data.task import Stream, Task
+from perdure.data.task import Batch, Context, Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, gap, per_cent, summarise
@@ -23,34 +24,35 @@ from perdure.engine.settings import Settings
 from perdure.engine.watcher import Watcher
 from perdure.methods.base import Method
 from perdure.models.clip import CLIP
-from perdure.training.fit import fit
+from perdure.training.fit import Losses, Stepper, fit, optimise
+from perdure.training.schedule import Schedule
 
 FORMAT = 1
 
 
 def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, watcher: Watcher) -> dict[str, Any]:
-    """Run, or go on with, the run whose ``config.json`` lies in ``folder``; return the metrics, which it writes too.
+    """Run, or go on with, the run whose ``config.json`` (``config``, as it was written) lies in ``folder``; return the
+    metrics, which it writes too.
 
-    Killed at any moment and called again, it ends with the same bits as an undisturbed run on the same machine.
+    Killed at any moment and called again, it ends with the same bits as an undisturbed run on the same machine. What it
+    changes of the process, random states and threads among it, is put back.
     """
-    settings, seed = Settings(**config["settings"]), config["seed"]
-    torch.set_num_threads(settings.threads)
-    forget_peak_memory()
-    with only_one(folder):
+    settings = Settings.recorded(config["settings"])
+    with undisturbed(), only_one(folder):
+        torch.set_num_threads(settings.threads)
+        forget_peak_memory()
         clip = CLIP.load(stream.model if settings.model == "stream" else settings.model, settings.device)
         if clip.fingerprint() != config["weights"]:
             raise PerdureError(f"{clip.path} is not the CLIP that {folder} began with. Start a new run.")
-        reseed(seed, "bind")
-        method.bind(clip, stream.context(seed, folder, watcher.draws, watcher.warn))
+        stream.check(clip)
         done = good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
         for saved in done:
-            if saved.record["config"] != identity(config):
+            if saved.record["config"] not in identities(config):
                 raise PerdureError(
                     f"{folder}/config.json was changed after {saved.folder.name} was run. Start a new run."
                 )
-        if done:
-            done[-1].restore(method)
-        loop = Loop(method, stream, config, folder, watcher, done)
+        loop = Loop(method, stream, config, settings, folder, watcher, done)
+        loop.begin(clip, done)
         while loop.next_task():
             pass
         metrics = loop.metrics()
@@ -60,49 +62,93 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
         return metrics
 
 
+DECIDES = ("method", "stream", "seed", "options", "settings", "split", "weights")
+
+
 def identity(config: Mapping[str, Any]) -> str:
-    """A digest of everything in a configuration that decides the result."""
-    parts = {key: config[key] for key in ("method", "stream", "seed", "options", "settings", "split", "weights")}
-    return digest(as_json(json.loads(as_json(parts))))
+    """A digest of everything in a configuration, as it was written, that decides the result: where it is computed does not."""
+    parts = {key: config[key] for key in DECIDES}
+    parts["settings"] = {key: value for key, value in config["settings"].items() if key not in ("device", "threads")}
+    if "source" in config:  # the file that a method or stream was read from
+        parts["source"] = config["source"]
+    return digest(json.dumps(json.loads(as_json(parts)), sort_keys=True).encode())
+
+
+def identities(config: Mapping[str, Any]) -> tuple[str, str]:
+    """The identity, and the one that runs were given before the device was left out."""
+    parts = {key: config[key] for key in DECIDES}
+    return identity(config), digest(as_json(json.loads(as_json(parts))))
 
 
 class Loop:
     """The tasks of one run, and the rows they leave."""
 
     def __init__(
-        self, method: Method, stream: Stream, config: dict[str, Any], folder: Path, watcher: Watcher, done: list[Saved]
-    ):
+        self, method: Method, stream: Stream, config: dict[str, Any], settings: Settings, folder: Path, watcher: Watcher,
+        done: list[Saved],
+    ):  # fmt: skip
         self.method, self.stream, self.config, self.folder, self.watcher = method, stream, config, folder, watcher
-        self.settings = Settings(**config["settings"])
-        self.protocol = Protocol(self.settings.labels, self.settings.task_id)  # type: ignore[arg-type]
+        self.settings = settings
+        self.protocol = Protocol(settings.labels, settings.task_id)  # type: ignore[arg-type]
         self.rows = [saved.files["hits"] for saved in done]
         self.records = [saved.record for saved in done]
+        self.phases: dict[str, Losses] = {}
         shown = [self.shown(hits) for hits in self.rows]
         watcher.begins([t.name for t in stream.tasks], [a for a, _ in shown], [p for _, p in shown if p is not None])
+
+    def begin(self, clip: CLIP, done: list[Saved]) -> None:
+        """Bind the method, at the last task that is done; row 0 is the model before the method has touched it."""
+        start = time.perf_counter()
+        if not done:
+            self.watcher.learns("before", 0)
+            self.watcher.evaluates()
+            born = Method()
+            born.join(clip, Context())
+            hits, found = evaluate(born, self.stream, self.protocol, 0), gap(born, self.stream)
+        reseed(self.config["seed"], "bind")
+        self.method.bind(
+            clip, self.stream.context(self.config["seed"], self.folder, self.watcher.draws, self.watcher.warn)
+        )
+        self.method.lend(self.train)
+        if done:
+            done[-1].restore(self.method)
+        else:
+            self.keep(0, "before", hits, found, Losses(), (start, start))
 
     def shown(self, hits: dict[str, Tensor]) -> tuple[list[float], float | None]:
         """A row as accuracies in per cent, and the probe's."""
         return [per_cent(hits[t.name]) for t in self.stream.tasks], per_cent(hits["probe"]) if "probe" in hits else None
 
     def next_task(self) -> bool:
-        """Do the next task, row 0 first; False when all are done."""
+        """Do the next task; False when all are done."""
         number = len(self.rows)
         if number > len(self.stream.tasks):
             return False
-        name = self.stream.tasks[number - 1].name if number else "before"
+        name = self.stream.tasks[number - 1].name
         self.watcher.learns(name, number)
         start = time.perf_counter()
-        losses = self.learn(number) if number else {}
+        losses = self.learn(number)
         trained = time.perf_counter()
         self.watcher.evaluates()
-        hits = (
-            self.rows[-1] if self.same_as_before(number) else evaluate(self.method, self.stream, self.protocol, number)
-        )
+        held = self.method.clip.holds
+        hits = self.rows[-1] if self.same_as_before(number) else evaluate(self.method, self.stream, self.protocol, number)
+        found = gap(self.method, self.stream)
+        assert self.method.clip.holds == held, "an evaluation must leave the model as it was"
+        self.keep(number, name, hits, found, losses, (start, trained))
+        return True
+
+    def keep(
+        self, number: int, name: str, hits: dict[str, Tensor], found: dict[str, float], losses: Losses,
+        times: tuple[float, float],
+    ) -> None:  # fmt: skip
+        """Write a row and all that belongs to it. ``times``: when the task began, and when it was learned."""
+        start, trained = times
         record = {
             "task": name,
             "number": number,
             "losses": losses,
-            "gap": gap(self.method, self.stream),
+            "phases": self.phases,
+            "gap": found,
             "seconds": {"train": round(trained - start, 3), "evaluate": round(time.perf_counter() - trained, 3)},
             "peak_memory_mb": peak_memory_mb(),
             "config": identity(self.config),
@@ -112,27 +158,35 @@ class Loop:
         self.rows.append(hits)
         write_json(self.folder / "metrics.json", self.metrics())
         self.watcher.row(*self.shown(hits))
-        return True
 
     def same_as_before(self, number: int) -> bool:
         """Whether a row must equal the one above: nothing was learned since, and nothing else is asked."""
-        unchanged = number > 0 and (not self.method.learns or self.to_learn(number) is None)
+        unchanged = not self.method.learns or self.to_learn(number) is None
         return unchanged and self.protocol.labels != "seen"
 
-    def learn(self, number: int) -> dict[str, list[float]]:
+    def learn(self, number: int) -> Losses:
         """Learn task ``number`` (1 …); return its losses, one value a step by name."""
-        task = self.to_learn(number)
-        generator = reseed(self.config["seed"], number)
-        if task is None or not self.method.learns:
-            return {}
-        clip = self.method.clip
-        self.method.start(task)
-        self.method.begin_task(task)
-        losses = fit(self.method, task, generator, clip.size, clip.device, self.settings.precision, self.watcher.step)
-        if losses:
-            clip.trained(f"trained {task.name}")
-        self.method.fuse(task)
-        self.method.calibrate(task)
+        task, method, clip = self.to_learn(number), self.method, self.method.clip
+        generator, self.phases = reseed(self.config["seed"], number), {}
+        if task is None or not method.learns:
+            return Losses()
+        method.start(task)
+        material = method.material(task)
+        method.begin_task(material)
+        losses = fit(method, material, generator, clip.size, clip.device, self.settings.precision, self.watcher.step)
+        if losses.steps:
+            clip.trained(f"trained {task.name}", method.parameters().values())
+        method.fuse(task)
+        with clip.preserved():
+            method.load_expert(method.base_expert())
+            method.calibrate(task)
+        return losses
+
+    def train(self, learner: Stepper, schedule: Schedule, draws: Iterator[Batch], name: str) -> Losses:
+        """What a method is lent for a phase of its own: the run's device, precision and progress, and a place in the record."""
+        device = self.method.clip.device
+        losses = optimise(learner, schedule, draws, device, self.settings.precision, self.watcher.step, name)
+        self.phases[name] = losses
         return losses
 
     def to_learn(self, number: int) -> Task | None:
@@ -152,6 +206,9 @@ class Loop:
             "perdure": c["environment"]["perdure"],
             "finished": len(self.rows) == len(tasks) + 1,
             "method": c["method"],
+            "reference": self.method.reference,
+            "scope": self.method.scope,
+            "learns": self.method.learns,
             "stream": c["stream"],
             "seed": c["seed"],
             "tasks": tasks,
@@ -161,6 +218,11 @@ class Loop:
             "seconds_by_task": [{"task": r["task"], **r["seconds"]} for r in self.records],
             "peak_memory_mb": max(r["peak_memory_mb"] for r in self.records),
             "losses": {r["task"]: thinned(r["losses"]) for r in self.records if r["losses"]},
+            "phases": {
+                r["task"]: {name: thinned(losses) for name, losses in r["phases"].items() if losses}
+                for r in self.records
+                if r.get("phases")
+            },
             "protocol": {"labels": self.protocol.labels, "task_id": self.protocol.task_id},
             "config": {**c["options"], **asdict(self.settings)},
             "environment": c["environment"],

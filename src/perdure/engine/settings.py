@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -70,3 +71,8 @@ class Settings:
             device=device,
             threads=self.threads or THREADS,
         )
+
+    @classmethod
+    def recorded(cls, values: Mapping[str, Any]) -> Settings:
+        """The settings of a run as its ``config.json`` keeps them, on this machine's device."""
+        return cls(**values)

@@ -1,17 +1,19 @@
 """What a method is: three roles, learn, fuse and answer. The defaults together are sequential fine-tuning.
 
-| role   | hooks                                               | default                                       |
-|--------|-----------------------------------------------------|-----------------------------------------------|
-| learn  | ``begin_task`` ``parameters`` ``schedule`` ``step`` | cross entropy, the published recipe           |
-| fuse   | ``start`` ``fuse`` ``experts``                      | go on from the last weights; answer with them |
-| answer | ``calibrate`` ``logits``                            | cosine similarity to the classes' texts       |
+| role   | hooks                                                           | default                                       |
+|--------|-----------------------------------------------------------------|-----------------------------------------------|
+| learn  | ``begin_task`` ``parameters`` ``schedule`` ``step`` ``stepped`` | cross entropy, the published recipe           |
+| fuse   | ``start`` ``fuse`` ``experts`` ``base_expert``                  | go on from the last weights; answer with them |
+| answer | ``calibrate`` ``logits`` ``finalize``                           | cosine similarity to the classes' texts       |
+| brings | ``modules`` ``material`` ``State``                              | nothing                                       |
 
-A new method is one file in this folder: a subclass with the hooks it changes, decorated with ``@register(name)``.
+A new method is one file, in this folder or anywhere (``--method path/to/mine.py``): a subclass with the hooks it changes,
+decorated with ``@register(name)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,15 +21,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from perdure.core.packing import kinds, pack, unpack
 from perdure.core.registry import Registry
-from perdure.core.packing import pack, unpack
 from perdure.core.weights import Weights
 from perdure.data.task import Batch, Context, Query, Task
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification
-from perdure.training.fit import Backward, Schedule
+from perdure.training.fit import Backward, Learner, Losses, Stepper, optimise
+from perdure.training.schedule import Schedule
 
 Rate = Annotated[float, Field(ge=0)]
+Trainer = Callable[[Stepper, Schedule, Iterator[Batch], str], Losses]
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
@@ -40,12 +44,23 @@ class Recipe:
         default_factory=dict
     )
     iterations: Annotated[int, Field(ge=0, le=10**9, description="optimiser steps a task")] = 1000
+    epochs: Annotated[
+        int, Field(ge=0, le=10**6, description="passes over a task's images, in place of iterations; 0: iterations")
+    ] = 0
     batch_size: Annotated[int, Field(ge=1, le=10**6, description="images a step")] = 64
     warmup: Annotated[int, Field(ge=0, le=10**9, description="steps of linear warm-up, then a cosine to 0")] = 100
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of the classification loss")] = 0.2
-    weight_decay: Annotated[float, Field(ge=0, description="AdamW's")] = 0.0
-    beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's")] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's")] = 0.999
+    milestones: Annotated[
+        tuple[int, ...], Field(description="steps (of epochs: epochs) where the rate falls by gamma, in place of the cosine")
+    ] = ()
+    gamma: Annotated[float, Field(ge=0, le=1, description="factor on the rate at each milestone")] = 0.1
+    optimizer: Annotated[
+        Literal["adamw", "adam", "sgd"], Field(description="weight decay is decoupled in adamw alone")
+    ] = "adamw"
+    momentum: Annotated[float, Field(ge=0, lt=1, description="SGD's")] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, description="of the optimiser")] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Adam's")] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Adam's")] = 0.999
     clip_grad: Annotated[float | None, Field(gt=0, description="largest norm of the gradient; none: no limit")] = None
     towers: Annotated[Literal["both", "image", "text"], Field(description="which towers learn")] = "both"
     adapt: Annotated[Literal["full", "lora"], Field(description="train all weights, or low-rank adapters")] = "full"
@@ -60,7 +75,7 @@ class Recipe:
 
 @dataclass
 class State:
-    """What must outlive a task beyond the weights: plain values, ``dict[str, Tensor]``, or ``dict[str, dict]`` a task."""
+    """What must outlive a task beyond weights and modules; the kinds of fields are those of ``perdure.core.packing``."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ class Expert:
     embedded: Tensor | None = None
 
 
-class Method:
+class Method(Learner):
     """Sequential fine-tuning, and the base of every method.
 
     ``bind`` gives it the model; then, for each task: ``start``, ``begin_task``, steps, ``fuse``, ``calibrate``; in
@@ -90,8 +105,14 @@ class Method:
     scope: ClassVar[Literal["task", "stream"]] = "task"  # stream: sees all tasks at once
     learns: ClassVar[bool] = True  # False: no task changes anything
     carries_weights: ClassVar[bool] = True  # False: ``start`` and ``experts`` never need the last task's weights
+    reference: ClassVar[Literal["", "lower", "upper"]] = ""  # no contestant: what others are held to from below or above
 
     clip: CLIP
+    trainer: Trainer | None = None  # lent by a run
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        kinds(cls.State)  # a state that could not come back is refused here, not after hours of training
 
     def __init__(self, config: Any = None, **values: Any):
         self.config = config if config is not None else self.Config(**values)
@@ -103,8 +124,8 @@ class Method:
         if c.adapt == "lora":
             clip.adapt(c.lora_rank, c.lora_alpha, c.lora_layers, c.towers, c.lora_init)
         for name, parameter in clip.backbone.named_parameters():
-            part = "image" if name.startswith("vis") else "text"  # vision_model, visual_projection | text_…
-            parameter.requires_grad_(parameter.requires_grad and name != "logit_scale" and c.towers in ("both", part))
+            learns = c.towers in ("both", clip.part_of(name)) and clip.part_of(name) != "scale"
+            parameter.requires_grad_(parameter.requires_grad and learns)
         self.join(clip, context or Context())
 
     def join(self, clip: CLIP, context: Context) -> None:
@@ -123,33 +144,53 @@ class Method:
                 self.frozen_texts = self.clip.encode_tokens(self.tokens)
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What learns, by name."""
-        return {n: p for n, p in self.clip.backbone.named_parameters() if p.requires_grad}
+        """What learns, by name: what may in the towers, and all of its own modules' parameters."""
+        own = {f"{n}.{k}": p for n, module in self.modules().items() for k, p in module.named_parameters()}
+        inside = set(map(id, own.values()))
+        towers = {n: p for n, p in self.clip.backbone.named_parameters() if id(p) not in inside}
+        return {n: p for n, p in {**towers, **own}.items() if p.requires_grad}
 
     def schedule(self, task: Task) -> Schedule:
         c = self.config
         return Schedule(
-            steps=c.iterations * task.parts, lr=c.lr_by_task.get(task.name, c.lr), warmup=c.warmup,
-            batch_size=c.batch_size, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2), clip=c.clip_grad,
-        )  # fmt: skip
+            steps=c.iterations * task.parts, epochs=c.epochs, lr=c.lr_by_task.get(task.name, c.lr), warmup=c.warmup,
+            batch_size=c.batch_size, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
+            betas=(c.beta1, c.beta2), clip=c.clip_grad, milestones=c.milestones, gamma=c.gamma,
+        ).over(len(task.train))  # fmt: skip
 
     def step(self, batch: Batch, backward: Backward) -> None:
         """One batch: cross entropy of s·I·Tᵀ over the task's classes."""
         backward(task=self.task_loss(batch))
 
-    def enough(self, steps: int) -> bool:
-        """Whether to stop after so many steps, before the schedule ends."""
-        return False
-
-    def again(self, task: Task) -> bool:
-        """After training: whether to train anew (what was learned is the method's to undo)."""
-        return False
-
     def task_loss(self, batch: Batch) -> Tensor:
         """The classification loss of the task at hand."""
         texts = self.frozen_texts if self.frozen_texts is not None else self.clip.encode_tokens(self.tokens)
-        logits = self.clip.scale * self.clip.encode_image(batch.images) @ texts.T
+        logits = self.clip.similarity(self.clip.encode_image(batch.images), texts)
         return classification(logits, batch.labels, self.config.label_smoothing, self.group)
+
+    # ---- what it brings
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Modules of its own by name, inside the towers or beside them, on the model's device, made in ``bind`` or from
+        state: saved alone, and restored after the state."""
+        return {}
+
+    def material(self, task: Task) -> Task:
+        """What is trained on for ``task``: the task itself, or with images of earlier ones (``context.images``)."""
+        return task
+
+    def train(self, learner: Stepper, schedule: Schedule, draws: Iterator[Batch], name: str) -> Losses:
+        """Train something else after the task, a head or an alignment: a phase whose losses are recorded under ``name``.
+
+        A run lends its own trainer (precision, progress and record as of the task).
+        """
+        if self.trainer is not None:
+            return self.trainer(learner, schedule, draws, name)
+        return optimise(learner, schedule, draws, self.clip.device, name=name)
+
+    def lend(self, trainer: Trainer) -> None:
+        """Take what ``train`` is to use."""
+        self.trainer = trainer
 
     # ---- fuse
 
@@ -175,7 +216,7 @@ class Method:
     def logits(self, query: Query) -> Tensor:
         """(N, C) logits of the weights the model holds now."""
         texts = self.clip.class_texts([c.prompts() for c in query.classes])
-        return self.clip.scale * self.embed(query) @ texts.T
+        return self.clip.similarity(self.embed(query), texts)
 
     def embed(self, query: Query) -> Tensor:
         """The query's images as unit embeddings (N, D), by the weights the model holds now."""
@@ -195,24 +236,27 @@ class Method:
 
     @torch.no_grad()
     def answer(self, queries: Sequence[Query], size: int = 256) -> list[Tensor]:
-        """``predict`` for many queries: an expert's weights are put on once for all, and it sees only the images that
-        need it, ``size`` at a time."""
-        home = self.base_expert()
-        if self.finalizes():
-            self.load_expert(home)
-            queries = [replace(q, embedded=torch.cat([self.embed(x) for x in q.parts(size)])) for q in queries]
-        plans = [self.experts(query) for query in queries]
-        totals = [torch.zeros(len(q.images), len(q.classes), device=self.clip.device) for q in queries]
-        for name in dict.fromkeys(expert.name for plan in plans for expert in plan):
-            for query, plan, total in zip(queries, plans, totals, strict=True):
-                for expert in (e for e in plan if e.name == name):
-                    known = query.embedded if name == home.name else expert.embedded
-                    self.add(expert, replace(query, embedded=expert.embedded if known is None else known), total, size)
-        return [self.finalize(query, total) for query, total in zip(queries, totals, strict=True)]
+        """``predict`` for many queries: an expert's weights are loaded once for all, and it sees only the images that
+        need it, ``size`` at a time. The model is left as it was found."""
+        with self.clip.preserved():
+            base = self.base_expert()
+            if self.finalizes():
+                self.load_expert(base)
+                queries = [replace(q, embedded=torch.cat([self.embed(x) for x in q.parts(size)])) for q in queries]
+            plans = [self.experts(query) for query in queries]
+            totals = [torch.zeros(len(q.images), len(q.classes), device=self.clip.device) for q in queries]
+            for name in dict.fromkeys(expert.name for plan in plans for expert in plan):
+                for query, plan, total in zip(queries, plans, totals, strict=True):
+                    for expert in (e for e in plan if e.name == name):
+                        known = query.embedded if name == base.name else expert.embedded
+                        self.add(expert, replace(query, embedded=expert.embedded if known is None else known), total, size)
+            return [self.finalize(query, total) for query, total in zip(queries, totals, strict=True)]
 
     def load_expert(self, expert: Expert) -> None:
-        """Put an expert's weights on."""
-        if expert.weights is not None:
+        """Put an expert's weights on; without weights, those that the model held before any other was loaded."""
+        if expert.weights is None:
+            self.clip.load_last()
+        else:
             self.clip.load_weights(expert.name, expert.weights)
 
     def add(self, expert: Expert, query: Query, total: Tensor, size: int) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from perdure.data.task import Batch, Context, Query, Task
-from perdure.methods.base import Expert, Method
+from perdure.methods.base import Expert, Method, Trainer
 from perdure.models.clip import CLIP
-from perdure.training.fit import Backward, Schedule
+from perdure.training.fit import Backward
+from perdure.training.schedule import Schedule
 
 
 class Compose(Method):
@@ -51,6 +52,19 @@ class Compose(Method):
     def again(self, task: Task) -> bool:
         return self.learn.again(task)
 
+    def stepped(self, step: int) -> None:
+        self.learn.stepped(step)
+
+    def material(self, task: Task) -> Task:
+        return self.learn.material(task)
+
+    def lend(self, trainer: Trainer) -> None:
+        for part in self.parts.values():
+            part.lend(trainer)
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        return {f"{role}.{n}": module for role, part in self.distinct().items() for n, module in part.modules().items()}
+
     def start(self, task: Task) -> None:
         self.fuser.start(task)
 
@@ -64,7 +78,6 @@ class Compose(Method):
         return self.fuser.base_expert()
 
     def calibrate(self, task: Task) -> None:
-        self.load_expert(self.base_expert())
         self.answerer.calibrate(task)
 
     def logits(self, query: Query) -> Tensor:

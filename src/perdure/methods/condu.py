@@ -135,7 +135,7 @@ class ConDU(Method):
         """θᵗ: the weights as training left them."""
         if self.unifies_factors:
             return lora.factors(self.clip.backbone)
-        return self.clip.weights() if self.factors else lora.plain(self.clip.backbone)  # a copy only where it must be
+        return self.clip.weights() if self.factors else self.clip.plain()  # a copy only where it must be
 
     def decoupled(self, number: int) -> Weights:
         """The expert of the task learned as number 0, 1, …: plain weights, made tensor by tensor as they are asked for."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from perdure.core.packing import Frozen
 from perdure.data.task import Query, Task
 from perdure.methods.base import METHODS, Expert, Method, Row, State, register
-from perdure.training.fit import Schedule
+from perdure.training.schedule import Schedule
 
 
 @register("finetune")
@@ -23,21 +23,23 @@ class FineTune(Method):
     """Sequential fine-tuning: each task from where the last one ended."""
 
 
-@register("zero_shot", reference="lower")
+@register("zero_shot")
 class ZeroShot(Method):
     """The pre-trained model as it is: learns nothing, forgets nothing."""
 
     learns = False
+    reference = "lower"
 
     def schedule(self, task: Task) -> Schedule:
         return Schedule(steps=0, lr=0.0, warmup=0, batch_size=1)
 
 
-@register("joint", reference="upper")
+@register("joint")
 class Joint(Method):
     """All tasks at once, as many steps in all as the others: the upper bound."""
 
     scope: ClassVar[Literal["task", "stream"]] = "stream"
+    reference = "upper"
 
 
 @dataclass
@@ -48,12 +50,13 @@ class Experts(State):
     order: list[str] = field(default_factory=list)
 
 
-@register("individual", reference="upper")
+@register("individual")
 class Individual(Method):
     """An expert a task, tuned from the pre-trained weights; a task not learned, or hidden, gets the pre-trained model."""
 
     State = Experts
     carries_weights = False
+    reference = "upper"
     state: Experts
 
     def start(self, task: Task) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import torch
@@ -36,7 +36,8 @@ from perdure.methods.base import Method, Recipe, State, register
 from perdure.models.clip import CLIP
 from perdure.ops.losses import alignment, alignment_targets, distillation
 from perdure.synthesis.replay import Replay, Synthesis
-from perdure.training.fit import Backward, Gradients, Schedule, batches
+from perdure.training.fit import Backward, Gradients, batches
+from perdure.training.schedule import Schedule
 
 NO_GRADIENT = 1e-6  # F of a tensor that the pairs do not reach
 
@@ -130,7 +131,7 @@ class GIFT(Method):
 
     def schedule(self, task: Task) -> Schedule:
         plan = super().schedule(task)
-        return Schedule(**{**vars(plan), "steps": plan.steps + 1, "horizon": plan.steps}) if plan.steps else plan
+        return replace(plan, steps=plan.steps + 1, horizon=plan.steps) if plan.steps else plan
 
     def step(self, batch: Batch, backward: Backward) -> None:
         """One batch of the task, and one of the pairs."""

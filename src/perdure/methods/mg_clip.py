@@ -23,8 +23,8 @@ hundredth that changes once an epoch, rows that start from the mean of the class
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -34,11 +34,12 @@ from perdure.core.seeding import derive
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Class, Query, Task
 from perdure.methods.base import Method, Recipe, State, register
-from perdure.models.heads import CosineHead, mix, places, softmax
+from perdure.models.heads import CosineHead, Row, mix, places, softmax
 from perdure.ops.gap import logit_means, relative_change
 from perdure.ops.losses import classification
 from perdure.ops.prototypes import class_means
-from perdure.training.fit import Backward, Schedule, batches, optimise
+from perdure.training.fit import Backward, Stepper, batches
+from perdure.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Learned(State):
 
     epochs: int = 0
     changes: list[float] = field(default_factory=list)
-    classes: list[list[Any]] = field(default_factory=list)  # name and templates of each row
+    classes: list[Row] = field(default_factory=list)
     head: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -126,10 +127,12 @@ class MGCLIP(Method):
         return logit_means(self.clip.similarity(images, texts), labels.to(images.device), size)
 
     def schedule(self, task: Task) -> Schedule:
-        c, plan = self.config, super().schedule(task)
+        c = self.config
+        plan = replace(super().schedule(task), augment=c.augment, stride=1, milestones=c.milestones)
+        if not self.by_epochs:
+            return replace(plan, steps=c.iterations * task.parts)
         epochs = c.most_epochs if self.searching else c.epochs or self.state.epochs
-        by_epochs = {"steps": epochs * self.per_epoch, "warmup": 0, "floor": 0.01, "stride": self.per_epoch}
-        return Schedule(**{**vars(plan), **(by_epochs if self.by_epochs else {}), "augment": c.augment})
+        return replace(plan, steps=0, warmup=0, floor=0.01, epochs=epochs).over(len(task.train))
 
     def enough(self, steps: int) -> bool:
         if not self.searching or steps % self.per_epoch:
@@ -160,7 +163,7 @@ class MGCLIP(Method):
         learner = HeadLearner(CosineHead(rows), self.config)
         order = torch.Generator().manual_seed(derive(self.context.seed, task.name, "order of the head's features"))
         draws = (Batch(features[i], labels[i]) for i in batches(len(labels), self.config.head_batch, order))
-        optimise(learner, learner.plan(len(labels)), draws, self.clip.device)
+        self.train(learner, learner.plan(len(labels)), draws, "head")
         self.keep([c for c, t in zip(task.classes, there.tolist(), strict=True) if t], learner.head.rows.detach())
 
     def keep(self, classes: Sequence[Class], rows: Tensor) -> None:
@@ -172,7 +175,7 @@ class MGCLIP(Method):
         for one, row in zip(classes, rows, strict=True):
             place = known.get((one.name, one.templates))
             if place is None:
-                state.classes = [*state.classes, [one.name, list(one.templates)]]
+                state.classes = [*state.classes, (one.name, one.templates)]
                 fresh.append(row)
             else:
                 old[place] = row
@@ -197,7 +200,7 @@ class MGCLIP(Method):
         return mix(text, softmax(head(query.embedded)), columns, c.text_weight, c.head_weight)
 
 
-class HeadLearner:
+class HeadLearner(Stepper):
     """Trains a head on features: cross entropy over the task's own rows."""
 
     def __init__(self, head: CosineHead, config: Compensation):
@@ -212,6 +215,3 @@ class HeadLearner:
 
     def step(self, batch: Batch, backward: Backward) -> None:
         backward(head=classification(self.head(batch.images), batch.labels))
-
-    def enough(self, steps: int) -> bool:
-        return False

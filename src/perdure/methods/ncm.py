@@ -8,23 +8,22 @@ Where none of the competing classes was seen, the pre-trained model answers with
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from perdure.data.task import Query, Task
 from perdure.methods.base import Method, State, register
-from perdure.models.heads import CosineHead, places
+from perdure.models.heads import CosineHead, Row, places
 from perdure.ops.prototypes import class_means
-from perdure.training.fit import Schedule
+from perdure.training.schedule import Schedule
 
 
 @dataclass
 class Means(State):
     """A mean a class, and the names and templates of the classes."""
 
-    classes: list[list[Any]] = field(default_factory=list)
+    classes: list[Row] = field(default_factory=list)
     means: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -44,7 +43,7 @@ class NearestClassMean(Method):
         there = sizes > 0
         old = self.state.means.get("means", means[:0])
         self.state.means = {"means": torch.cat([old, means[there]])}
-        named = [[c.name, list(c.templates)] for c in task.classes]
+        named = [(c.name, c.templates) for c in task.classes]
         self.state.classes = [*self.state.classes, *(n for n, s in zip(named, there.tolist(), strict=True) if s)]
 
     def finalize(self, query: Query, logits: Tensor) -> Tensor:

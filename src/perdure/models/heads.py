@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Row = tuple[str, tuple[str, ...]]  # what a row stands for: a class's name and templates
+
 
 class CosineHead(nn.Module):
-    """A row a class, no bias, no temperature: features (N, D) → their cosine similarities to the rows (N, C)."""
+    """A row a class, no bias, no temperature: features (N, D) → their cosine similarities to the rows (N, C), in fp32."""
 
     def __init__(self, rows: Tensor):
         super().__init__()
         self.rows = nn.Parameter(rows.clone())
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.normalize(features, dim=1) @ F.normalize(self.rows, dim=1).T
+        with torch.autocast(features.device.type, enabled=False):
+            return F.normalize(features, dim=1) @ F.normalize(self.rows, dim=1).T
 
 
-def places(kept: Sequence[Sequence[Any]]) -> dict[tuple[str, tuple[str, ...]], int]:
-    """The number of the row of each class, by name and templates, of rows that are kept as [name, templates]."""
-    return {(name, tuple(templates)): row for row, (name, templates) in enumerate(kept)}
+def places(kept: Sequence[Row]) -> dict[Row, int]:
+    """The number of the row of each class."""
+    return {one: row for row, one in enumerate(kept)}
 
 
 def mix(text: Tensor, visual: Tensor, columns: Tensor, a: float, b: float) -> Tensor:

@@ -71,9 +71,9 @@ def plain(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def merged(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the weights with every adapter multiplied out and added."""
-    out = {name: tensor.detach().clone() for name, tensor in plain(module).items()}
+def merged(module: nn.Module, weights: Weights) -> dict[str, Tensor]:
+    """A copy of the module's own ``weights`` with every adapter multiplied out and added."""
+    out = {name: tensor.detach().clone() for name, tensor in weights.items()}
     for name, layer in adapters(module):
         out[f"{name}.weight"] += layer.get_delta_weight("default")
     return out
