@@ -73,7 +73,7 @@ def tuned(folder: Path, task: str) -> dict[str, Tensor]:
     """The weights that a run ended ``task`` with: an expert's, or the sequential model's."""
     names = read(folder)["tasks"]
     files = read_task(folder / folder_names(names)[names.index(task) + 1], tensors=True).files
-    return files[f"expert_{task}"] if f"expert_{task}" in files else files["weights"]
+    return files.get(f"expert/{task}") or files.get(f"expert_{task}") or files["weights"]
 
 
 def data_of(seed: int, values: Mapping[str, Any]) -> Stream:

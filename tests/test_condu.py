@@ -189,7 +189,7 @@ def test_a_run_keeps_a_bit_a_parameter_and_hands_out_any_expert(short_run: Run, 
     saved = read_task(last, tensors=True)
     parameters = sum(t.numel() for t in saved.files["state"].values())
     for name in m["tasks"]:
-        bits = saved.files[f"trigger_{name}"]
+        bits = saved.files[f"trigger/{name}"]
         assert sum(t.numel() for t in bits.values()) <= parameters / 8 + len(bits)
     launch.export(m["folder"], tmp_path / "expert", 2)
     plain = CLIPModel.from_pretrained(tmp_path / "expert").state_dict()

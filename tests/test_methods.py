@@ -71,7 +71,7 @@ def test_wise_ft_between_its_ends(short_run: Run) -> None:
 def test_weight_average_is_the_mean_of_the_experts(short_run: Run) -> None:
     average, experts = short_run("weight_average"), short_run("individual")
     files = read_task(folders(experts["folder"])[-1], tensors=True).files
-    tuned = [files[f"expert_{name}"] for name in ("animals", "digits", "food")]
+    tuned = [files[f"expert/{name}"] for name in ("animals", "digits", "food")]
     for name, value in weights(average["folder"], 3).items():
         torch.testing.assert_close(value, sum(t[name] for t in tuned) / 3, atol=1e-6, rtol=0)
 

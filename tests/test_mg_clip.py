@@ -64,7 +64,9 @@ def learned(clip: CLIP, stream: Stream, method: Method, tasks: int = 2) -> Metho
         if fit(method, task, torch.Generator().manual_seed(0), clip.size, clip.device):
             clip.trained(f"trained {task.name}")
         method.fuse(task)
-        method.calibrate(task)
+        with clip.preserved():
+            method.load_expert(method.base_expert())
+            method.calibrate(task)
     return method
 
 
