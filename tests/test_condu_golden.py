@@ -87,7 +87,7 @@ def learned(train: bool) -> tuple[ConDU, list[dict[str, list[float]]]]:
         batch_size=h["batch_size"], beta2=h["beta2"], weight_decay=h["wd"],
     )  # fmt: skip
     method.bind(clip)
-    losses = []
+    losses: list[dict[str, list[float]]] = []
     for n in range(3):
         count = len(t[f"task{n}/tokens_template1"])
         classes = tuple(Class(f"{n} {k}", ("{} 1", "{} 2")) for k in range(count))

@@ -6,22 +6,32 @@
 
 from __future__ import annotations
 
-import os
+import importlib
 from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once: large tensors on huge pages, a tenth faster
+from perdure.core.errors import PerdureError
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "resume", "run"]
+__all__ = ["CLIP", "Method", "PerdureError", "Stream", "__version__", "resume", "run"]
 
 if TYPE_CHECKING:
+    from perdure.data.task import Stream
     from perdure.launch import resume, run
+    from perdure.methods.base import Method
+    from perdure.models.clip import CLIP
+
+# On first use: torch takes seconds to import.
+HOMES = {
+    "run": "perdure.launch", "resume": "perdure.launch", "Stream": "perdure.data.task", "CLIP": "perdure.models.clip",
+    "Method": "perdure.methods.base",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """``run`` and ``resume`` on first use: torch takes seconds to import."""
-    if name in ("run", "resume"):
-        from perdure import launch
-
-        return getattr(launch, name)
+    if name in HOMES:
+        return getattr(importlib.import_module(HOMES[name]), name)
     raise AttributeError(f"module 'perdure' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

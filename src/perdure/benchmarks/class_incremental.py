@@ -41,7 +41,8 @@ Loaded = tuple[list[str], Images, Images, str]  # class names, training and test
 
 
 def root() -> Path:
-    return Path(os.environ.get("PERDURE_DATA", "data"))
+    """Where data sets lie: ``PERDURE_DATA``, or ``data`` in the working directory."""
+    return Path(os.environ.get("PERDURE_DATA", "data")).expanduser().resolve()
 
 
 def published() -> Any:

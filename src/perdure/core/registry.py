@@ -31,8 +31,12 @@ class Registry(Generic[T]):
 
     def add(self, name: str, value: T, summary: str, paper: str = "", **about: Any) -> None:
         if name in self._entries:
-            raise ValueError(f"the {self.kind} '{name}' is registered twice")
+            raise ValueError(f"the {self.kind} '{name}' exists already; give yours another name")
         self._entries[name] = Entry(name, value, summary, paper, about)
+
+    def remove(self, name: str) -> None:
+        """Forget a name, where it is known: a file that was changed registers it anew."""
+        self._entries.pop(name, None)
 
     def register(self, name: str, paper: str = "", **about: Any) -> Callable[[T], T]:
         """Decorator; the summary is the docstring's first line."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,21 +88,35 @@ def reordered(stream: Stream, order: str) -> Stream:
 
 
 def read_order(order: str, names: Sequence[str]) -> list[int]:
-    """A class order from a seed or a JSON list of names → indices into ``names``, each once."""
+    """A class order from a seed, a JSON file with a list of names, or that list as text → indices into ``names``, each once."""
     if order.isdecimal():
         generator = torch.Generator().manual_seed(derive(int(order), "class order"))
         return torch.randperm(len(names), generator=generator).tolist()
-    if not Path(order).is_file():
-        raise PerdureError(f"class_order={order} is neither a seed (a number) nor a file. Give one, or leave it out.")
-    found = read_json(Path(order))
+    said = "class_order" if order.startswith("[") else order
+    found = listed(order)
     if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
-        raise PerdureError(f"{order} must hold a JSON list of class names.")
+        raise PerdureError(f"{said} must hold a JSON list of class names.")
     if len(found) != len(names):
-        raise PerdureError(f"{order} lists {len(found)} classes, but the stream has {len(names)}.")
+        raise PerdureError(f"{said} lists {len(found)} classes, but the stream has {len(names)}.")
     for name in found:
         if name not in names:
             raise unknown("class", name, names)
         if found.count(name) > 1:
-            raise PerdureError(f"{order} lists the class '{name}' twice: a class belongs to one step.")
+            raise PerdureError(f"{said} lists the class '{name}' twice: a class belongs to one step.")
     place = {name: k for k, name in enumerate(names)}
     return [place[name] for name in found]
+
+
+def listed(order: str) -> Any:
+    """What a class order that is no seed holds: JSON as text, as a run keeps it, or in a file."""
+    if order.startswith("["):
+        try:
+            return json.loads(order)
+        except json.JSONDecodeError as error:
+            raise PerdureError(f"class_order={order:.80} is no JSON list of class names: {error}.") from None
+    if not Path(order).expanduser().is_file():
+        raise PerdureError(
+            f"class_order={order} is neither a seed (a number) nor a file. Give a seed, or a JSON file that lists the "
+            "class names; of a run that was begun with it: put the file back where it was."
+        )
+    return read_json(Path(order).expanduser())

@@ -55,7 +55,9 @@ def module_state(method: Method) -> dict[str, Tensor]:
 def load_modules(method: Method, saved: Mapping[str, Tensor]) -> None:
     """Put saved tensors back into a method's own modules. ``PerdureError`` where they do not fit."""
     known = module_state(method)
-    odd = sorted(k for k in set(known) | set(saved) if k not in known or k not in saved or known[k].shape != saved[k].shape)
+    odd = sorted(
+        k for k in set(known) | set(saved) if k not in known or k not in saved or known[k].shape != saved[k].shape
+    )
     if odd:
         raise PerdureError(
             f"The saved modules of the method do not fit those it has now: '{odd[0]}'. A method must make its modules in "

@@ -69,8 +69,8 @@ def identity(config: Mapping[str, Any]) -> str:
     """A digest of everything in a configuration, as it was written, that decides the result: where it is computed does not."""
     parts = {key: config[key] for key in DECIDES}
     parts["settings"] = {key: value for key, value in config["settings"].items() if key not in ("device", "threads")}
-    if "source" in config:  # the file that a method or stream was read from
-        parts["source"] = config["source"]
+    # of a method or stream that was read from a file, its content: where it lies does not decide anything
+    parts["source"] = {kind: about.get("sha256") for kind, about in config.get("source", {}).items()}
     return digest(json.dumps(json.loads(as_json(parts)), sort_keys=True).encode())
 
 
@@ -131,7 +131,9 @@ class Loop:
         trained = time.perf_counter()
         self.watcher.evaluates()
         held = self.method.clip.holds
-        hits = self.rows[-1] if self.same_as_before(number) else evaluate(self.method, self.stream, self.protocol, number)
+        hits = (
+            self.rows[-1] if self.same_as_before(number) else evaluate(self.method, self.stream, self.protocol, number)
+        )
         found = gap(self.method, self.stream)
         assert self.method.clip.holds == held, "an evaluation must leave the model as it was"
         self.keep(number, name, hits, found, losses, (start, trained))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field
 
+from perdure.core.config import options, resolve
 from perdure.core.errors import PerdureError
 from perdure.core.precision import precision_of
+from perdure.core.state import read_json
 from perdure.data.splits import reordered
 from perdure.data.task import Stream
 
@@ -55,16 +58,15 @@ class Settings:
         return stream.shortened(self.tasks, self.images).few_shot(self.shots, seed)
 
     def settled(self, stream: Stream) -> Settings:
-        """With every choice made, as a run records it."""
+        """With every choice made, as a run records it: folders as absolute paths, a class order by its content."""
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise PerdureError("device=cuda: torch finds no CUDA device here. Use device=cpu.")
+        model = Path(self.model).expanduser()
         return replace(
             self,
-            model=str(Path(self.model).resolve())
-            if Path(self.model).is_dir() and self.model
-            else self.model or "stream",
-            class_order=str(Path(self.class_order).resolve()) if Path(self.class_order).is_file() else self.class_order,
+            model=str(model.resolve()) if self.model and model.is_dir() else self.model or "stream",
+            class_order=kept_order(self.class_order),
             labels=stream.labels if self.labels == "stream" else self.labels,  # type: ignore[arg-type]
             task_id=stream.task_id if self.task_id == "stream" else self.task_id,  # type: ignore[arg-type]
             precision=precision_of(self.precision, device),  # type: ignore[arg-type]
@@ -74,5 +76,12 @@ class Settings:
 
     @classmethod
     def recorded(cls, values: Mapping[str, Any]) -> Settings:
-        """The settings of a run as its ``config.json`` keeps them, on this machine's device."""
-        return cls(**values)
+        """The settings of a run as its ``config.json`` keeps them, on a device that this machine has."""
+        kept = cls(**resolve(options(cls), values))
+        return replace(kept, device="cpu") if kept.device == "cuda" and not torch.cuda.is_available() else kept
+
+
+def kept_order(order: str) -> str:
+    """A class order as a run keeps it: what a file lists, so that the file may go away; a seed as it is."""
+    path = Path(order).expanduser()
+    return json.dumps(read_json(path), ensure_ascii=False) if order and path.is_file() else order

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -32,3 +32,38 @@ class Watcher:
     def warn(self, text: str) -> None:
         """Something the user should know."""
         print(text, file=sys.stderr)
+
+
+class Watchers(Watcher):
+    """Several that listen: each hears all, in order; what one of them raises is not swallowed."""
+
+    def __init__(self, watchers: Sequence[Watcher]):
+        self.watchers = tuple(watchers)
+
+    def begins(self, tasks: list[str], rows: list[list[float]], probe: list[float]) -> None:
+        for one in self.watchers:
+            one.begins(list(tasks), list(rows), list(probe))
+
+    def learns(self, task: str, number: int) -> None:
+        for one in self.watchers:
+            one.learns(task, number)
+
+    def draws(self, done: int, total: int, new: int) -> None:
+        for one in self.watchers:
+            one.draws(done, total, new)
+
+    def step(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
+        for one in self.watchers:
+            one.step(step, total, losses)
+
+    def evaluates(self) -> None:
+        for one in self.watchers:
+            one.evaluates()
+
+    def row(self, accuracy: list[float], probe: float | None) -> None:
+        for one in self.watchers:
+            one.row(list(accuracy), probe)
+
+    def warn(self, text: str) -> None:
+        for one in self.watchers:
+            one.warn(text)

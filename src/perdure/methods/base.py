@@ -51,7 +51,8 @@ class Recipe:
     warmup: Annotated[int, Field(ge=0, le=10**9, description="steps of linear warm-up, then a cosine to 0")] = 100
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of the classification loss")] = 0.2
     milestones: Annotated[
-        tuple[int, ...], Field(description="steps (of epochs: epochs) where the rate falls by gamma, in place of the cosine")
+        tuple[int, ...],
+        Field(description="steps (of epochs: epochs) where the rate falls by gamma, in place of the cosine"),
     ] = ()
     gamma: Annotated[float, Field(ge=0, le=1, description="factor on the rate at each milestone")] = 0.1
     optimizer: Annotated[
@@ -105,7 +106,9 @@ class Method(Learner):
     scope: ClassVar[Literal["task", "stream"]] = "task"  # stream: sees all tasks at once
     learns: ClassVar[bool] = True  # False: no task changes anything
     carries_weights: ClassVar[bool] = True  # False: ``start`` and ``experts`` never need the last task's weights
-    reference: ClassVar[Literal["", "lower", "upper"]] = ""  # no contestant: what others are held to from below or above
+    reference: ClassVar[Literal["", "lower", "upper"]] = (
+        ""  # no contestant: what others are held to from below or above
+    )
 
     clip: CLIP
     trainer: Trainer | None = None  # lent by a run
@@ -249,7 +252,9 @@ class Method(Learner):
                 for query, plan, total in zip(queries, plans, totals, strict=True):
                     for expert in (e for e in plan if e.name == name):
                         known = query.embedded if name == base.name else expert.embedded
-                        self.add(expert, replace(query, embedded=expert.embedded if known is None else known), total, size)
+                        self.add(
+                            expert, replace(query, embedded=expert.embedded if known is None else known), total, size
+                        )
             return [self.finalize(query, total) for query, total in zip(queries, totals, strict=True)]
 
     def load_expert(self, expert: Expert) -> None:
@@ -270,6 +275,10 @@ class Method(Learner):
             total[part] += gate[part].unsqueeze(1).to(total.device) * self.logits(query.part(part))
 
     # ---- state
+
+    def answer_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """What the answer role knows beyond the weights, as ``pack_state`` has it: what an export must not leave out."""
+        return self.pack_state() if self.finalizes() else ({}, {})
 
     def pack_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """The state as (tensors by file, plain values): what a checkpoint keeps."""

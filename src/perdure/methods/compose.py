@@ -89,6 +89,9 @@ class Compose(Method):
     def finalize(self, query: Query, logits: Tensor) -> Tensor:
         return self.answerer.finalize(query, logits)
 
+    def answer_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        return self.answerer.answer_state()
+
     def distinct(self) -> dict[str, Method]:
         """The parts, each once, under the first role it plays."""
         found: dict[int, tuple[str, Method]] = {}

@@ -283,16 +283,27 @@ class CLIP(nn.Module):
         self.rebased = any("lora_" not in key for key in state)
         self.changed(name)
 
+    def check_saveable(self) -> None:
+        """Refuse what ``save`` could not write, before anything is written."""
+        if not hasattr(self.tokenizer, "save_pretrained"):
+            raise PerdureError(f"The tokenizer of {self.path} cannot be saved. Load the CLIP with its tokenizer files.")
+
     def save(self, folder: Path) -> None:
         """Write a checkpoint that plain transformers loads: adapters merged, tokenizer and preprocessing beside."""
-        from transformers import AutoImageProcessor, CLIPModel
+        from transformers import CLIPImageProcessor, CLIPModel
 
+        self.check_saveable()
         plain = CLIPModel(self.backbone.config)
         plain.load_state_dict(self.weights(), strict=False)
+        mean, std = (x.flatten().tolist() for x in (self.mean, self.std))
+        crop = {"height": self.size, "width": self.size}
+        processor = CLIPImageProcessor(
+            size={"shortest_edge": self.size}, crop_size=crop, image_mean=mean, image_std=std, do_convert_rgb=True
+        )
         with quiet():
             plain.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        AutoImageProcessor.from_pretrained(self.path).save_pretrained(folder)
+        processor.save_pretrained(folder)
 
     def changed(self, name: str) -> None:
         """Its weights are others now: forget what was computed with the old ones."""

@@ -21,12 +21,12 @@ from perdure.synthesis.store import COLLECTED, Pairs, Store, seal
 
 def absolute(path: str) -> str:
     """``path`` so that it means the same in another working directory; names of what is no file stay."""
-    named = not path or path in ("stream", "imagenet")
-    return path if named or not Path(path).exists() else str(Path(path).resolve())
+    named, place = not path or path in ("stream", "imagenet"), Path(path).expanduser()
+    return path if named or not place.exists() else str(place.resolve())
 
 
 Local = AfterValidator(absolute)
-Folder = AfterValidator(lambda path: str(Path(path).resolve()) if path else path)
+Folder = AfterValidator(lambda path: str(Path(path).expanduser().resolve()) if path else path)
 
 
 @dataclass(frozen=True)

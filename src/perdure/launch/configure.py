@@ -1,0 +1,124 @@
+"""The resolved configuration of a run, as ``config.json`` keeps it; everything wrong with it is said before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from perdure.benchmarks import STREAMS
+from perdure.benchmarks.class_incremental import root
+from perdure.core.caller import undisturbed
+from perdure.core.config import options, pairs, resolve
+from perdure.core.errors import PerdureError, unknown
+from perdure.data.task import Stream
+from perdure.engine.environment import environment
+from perdure.engine.run import FORMAT
+from perdure.engine.settings import Settings
+from perdure.launch.options import build_entry, method_options
+from perdure.launch.sources import find_method, find_stream
+from perdure.methods.base import Method
+from perdure.models.clip import CLIP
+
+PRESETS = files("perdure") / "presets"
+Given = Iterable[str] | Mapping[str, Any]
+Warn = Callable[[str], None]
+
+
+def to_stderr(text: str) -> None:
+    """A warning for whoever has no better place for it."""
+    print(f"Warning: {text}", file=sys.stderr)
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset by name, or from a YAML file: method, stream and option values."""
+    named, path = PRESETS / f"{name}.yaml", Path(name).expanduser()
+    if not named.is_file() and not path.is_file():
+        known = [p.name.removesuffix(".yaml") for p in PRESETS.iterdir() if p.name.endswith(".yaml")]
+        raise unknown("preset or preset file", name, known)
+    try:
+        content = yaml.safe_load((named if named.is_file() else path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PerdureError(f"The preset '{name}' is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise PerdureError(f"The preset '{name}' must hold 'key: value' lines.")
+    return content
+
+
+def configure(
+    method: str | type[Method], stream: str | Stream, seed: int, assignments: Given, preset: Mapping[str, Any],
+    warn: Warn = to_stderr,
+) -> tuple[dict[str, Any], Stream]:  # fmt: skip
+    """The resolved configuration of a run, as ``config.json`` keeps it, and its stream. All errors come together."""
+    entry, method_source = find_method(method)
+    make, stream_name, stream_source = find_stream(stream)
+    data = make()
+    known, general = {key: option for key, (_, option) in method_options(entry).items()}, options(Settings)
+    given, complaints = (dict(assignments), []) if isinstance(assignments, Mapping) else pairs(assignments)
+    suits = {**data.defaults.get("all", {}), **data.defaults.get(entry.name, {})}
+    layer = {key: value for key, value in suits.items() if key in known}
+    values = resolve({**known, **general}, layer, preset, given, complaints=complaints)
+    check_rates(values, data, "lr_by_task" in given, warn)
+    settings = Settings(**{key: values[key] for key in general}).settled(data)
+    data = settings.select(data, seed)
+    sources = {kind: s for kind, s in (("method", method_source), ("stream", stream_source)) if s}
+    config = {
+        "format": FORMAT,
+        "method": entry.name,
+        "stream": stream_name,
+        "seed": seed,
+        "options": {key: values[key] for key in known},
+        "settings": dataclasses.asdict(settings),
+        "split": data.digest,
+        **({"source": sources} if sources else {}),
+        **({"data_root": str(root())} if stored(stream_name) else {}),
+        "environment": environment(settings),
+    }
+    return config, data
+
+
+def stored(stream: str) -> bool:
+    """Whether a stream's data lie under ``PERDURE_DATA``."""
+    return any(e.name == stream and "home" in e.about for e in STREAMS)
+
+
+def check_rates(values: Mapping[str, Any], data: Stream, given: bool, warn: Warn) -> None:
+    """Rates of tasks that the stream lacks: a person who names them is wrong; a preset was written for another stream."""
+    tasks = [t.name for t in data.tasks]
+    lacking = sorted(set(values.get("lr_by_task", {})) - set(tasks))
+    if lacking and given:
+        raise unknown("task", lacking[0], tasks)
+    if lacking:
+        warn(f"The preset's lr_by_task names tasks that {data.name} lacks: {', '.join(lacking)}.")
+
+
+def prepare(
+    method: str | type[Method], stream: str | Stream, seed: int, assignments: Given, preset: Mapping[str, Any],
+    folder: Path | None = None, warn: Warn = to_stderr,
+) -> dict[str, Any]:  # fmt: skip
+    """``configure``, and what can only be checked with the model at hand: that it loads, and that the method can take it,
+    with what lies in ``folder``."""
+    with undisturbed():
+        config, data = configure(method, stream, seed, assignments, preset, warn)
+        clip = load_clip(config, data)
+        data.check(clip)
+        fingerprint = clip.fingerprint()
+        build_entry(find_method(method)[0], config["options"]).bind(clip, data.context(seed, folder))
+    return {**config, "weights": fingerprint}
+
+
+def load_clip(config: Mapping[str, Any], data: Stream) -> CLIP:
+    """The CLIP of a run, where it is computed. ``PerdureError`` where it is not the one that the run began with."""
+    settings = Settings.recorded(config["settings"])
+    clip = CLIP.load(data.model if settings.model == "stream" else settings.model, settings.device)
+    if "weights" in config and clip.fingerprint() != config["weights"]:
+        raise PerdureError(
+            f"The CLIP at {clip.path} is not the one that the run began with (fingerprint {clip.fingerprint()[:12]}…, the "
+            f"run's {config['weights'][:12]}…). Put the run's model back there, or start a new run."
+        )
+    return clip

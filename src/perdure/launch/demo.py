@@ -1,0 +1,30 @@
+"""The runs that the demo shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from perdure.core.errors import PerdureError
+from perdure.launch.configure import prepare
+from perdure.launch.folders import is_finished, read_config, same_run
+
+DEMO = ("zero_shot", "finetune", "individual")
+
+
+def demo_folder(runs: Path) -> Path:
+    """The latest demo that was stopped, to go on with; else the next free name."""
+    number = 1
+    while True:
+        folder = runs / ("demo" if number == 1 else f"demo-{number}")
+        if not folder.exists() or any(demo_goes_on(folder / method) for method in DEMO):
+            return folder
+        number += 1
+
+
+def demo_goes_on(folder: Path) -> bool:
+    """Whether a demo's run was begun, with what is installed now, and not finished."""
+    try:
+        config = read_config(folder)
+        return not same_run(config, prepare(folder.name, "mini-mtil", 0, [], {})) and not is_finished(folder)
+    except PerdureError:
+        return False
