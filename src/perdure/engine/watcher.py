@@ -41,29 +41,29 @@ class Watchers(Watcher):
         self.watchers = tuple(watchers)
 
     def begins(self, tasks: list[str], rows: list[list[float]], probe: list[float]) -> None:
-        for one in self.watchers:
-            one.begins(list(tasks), list(rows), list(probe))
+        for watcher in self.watchers:
+            watcher.begins(list(tasks), list(rows), list(probe))
 
     def learns(self, task: str, number: int) -> None:
-        for one in self.watchers:
-            one.learns(task, number)
+        for watcher in self.watchers:
+            watcher.learns(task, number)
 
     def draws(self, done: int, total: int, new: int) -> None:
-        for one in self.watchers:
-            one.draws(done, total, new)
+        for watcher in self.watchers:
+            watcher.draws(done, total, new)
 
     def step(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
-        for one in self.watchers:
-            one.step(step, total, losses)
+        for watcher in self.watchers:
+            watcher.step(step, total, losses)
 
     def evaluates(self) -> None:
-        for one in self.watchers:
-            one.evaluates()
+        for watcher in self.watchers:
+            watcher.evaluates()
 
     def row(self, accuracy: list[float], probe: float | None) -> None:
-        for one in self.watchers:
-            one.row(list(accuracy), probe)
+        for watcher in self.watchers:
+            watcher.row(list(accuracy), probe)
 
     def warn(self, text: str) -> None:
-        for one in self.watchers:
-            one.warn(text)
+        for watcher in self.watchers:
+            watcher.warn(text)
