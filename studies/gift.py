@@ -17,11 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from plane import plane
 from runs import command, do, read, spread
 
 from perdure import launch
 from perdure.benchmarks import mini
-from perdure.core.weights import Weights, plane
+from perdure.core.weights import Weights
 from perdure.data.task import Class, Images
 from perdure.engine.checkpoint import folder_names, read_task
 from perdure.models.clip import CLIP

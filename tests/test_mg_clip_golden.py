@@ -27,7 +27,7 @@ def classes_of(numbers: Any) -> tuple[Class, ...]:
 
 
 def ready(about: dict[str, Any], t: dict[str, Tensor], **values: Any) -> MGCLIP:
-    """The method on a case's model and adapters; its images are whole, so that nothing is divided by 255 in vain."""
+    """The method on a case's model and adapters."""
     clip = tiny_clip(about, part(t, "pretrained/"), {f"class {k}": row for k, row in enumerate(t["class_tokens"])})
     h = about["hyper_parameters"]
     method = MGCLIP(lora_rank=h["lora_rank"], batch_size=h["train_batch_size"], gap_mean="batches", **values)
@@ -51,11 +51,6 @@ def far(mine: Tensor, theirs: Tensor, start: Tensor) -> float:
     return float((mine - theirs).norm() / (theirs - start).norm().clamp_min(1e-30))
 
 
-def whole(pixels: Tensor) -> Tensor:
-    """Float images pass through ``fit`` as 0 … 255."""
-    return pixels * 255
-
-
 def test_two_tasks_are_the_release_s() -> None:
     about, t = case("mgclip_a")
     h, allowed = about["hyper_parameters"], about["tolerance"]
@@ -77,7 +72,7 @@ def test_two_tasks_are_the_release_s() -> None:
             (wanted["positive_mean"], wanted["negative_mean"]), rel=allowed["means_relative"], abs=2e-6
         )  # of logits of 3 that cancel out
         before = {n: parameter(method, n).detach().clone() for n in part(t, f"lora_after_task{number}/")}
-        task = task_of(f"task{number}", whole(pixels), labels, own)
+        task = task_of(f"task{number}", pixels, labels, own)
         method.begin_task(task)
         losses = fit(method, task, torch.Generator(), clip.size, clip.device)["task"]
         mine = [s for s in steps if s["task"] == number]
@@ -118,11 +113,11 @@ def test_the_gap_finds_the_epochs_that_the_release_s_script_prints(name: str) ->
     count = len(t["class_tokens"])
     for wanted in about["runs"]:
         method = ready(about, t, lr=wanted["lr"], gap_change=about["hyper_parameters"]["threshold"])
-        task = task_of("first", whole(t["train_images"]), t["train_labels"], classes_of(range(count)))
+        task = task_of("first", t["train_images"], t["train_labels"], classes_of(range(count)))
         seen: list[float] = []
 
         def negative_mean(task: Task, method: MGCLIP = method, seen: list[float] = seen) -> float:
-            seen.append(method.means(task.train.pixels / 255, task.train.labels, task.classes)[1])
+            seen.append(method.means(task.train.pixels, task.train.labels, task.classes)[1])
             return seen[-1]
 
         method.negative_mean = negative_mean  # type: ignore[method-assign]

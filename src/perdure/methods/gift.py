@@ -12,9 +12,10 @@ further than to its end token; the penalty's gradient, 2·λ·F·(θ - θᵗ⁻�
 
 As in the release: iterations run from 0 to N, the last at rate 0; a "tensor" is one of the original CLIP, which holds the
 projections of q, k and v together; the task's label smoothing applies to L_ITA too. Where the release is odd, the paper's
-reading is the default: ``kl`` is KL(teacher‖student) (the release's is ``reverse_kl``), and ``static`` goes on distilling
+reading is the default: ``kl`` is KL(teacher‖student) (the release's is ``reverse_kl``); ``static`` goes on distilling
 once F is fixed (in the release, ``static_release``, no gradient of L_CD and L_ITA flows from then on and those of every
-later step pile up).
+later step pile up); and ``feature_mse`` minds ``sides`` (in the release, ``feature_mse_release``, the features of both
+sides are distilled whatever ``sides`` says, which L_ITA alone still minds).
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ NO_GRADIENT = 1e-6  # F of a tensor that the pairs do not reach
 @dataclass(frozen=True)
 class Config(Synthesis, Recipe):
     distillation: Annotated[
-        Literal["contrastive", "kl", "reverse_kl", "feature_mse", "none"], Field(description="form of L_CD")
+        Literal["contrastive", "kl", "reverse_kl", "feature_mse", "feature_mse_release", "none"],
+        Field(description="form of L_CD; feature_mse_release: of both sides, whatever sides says"),
     ] = "contrastive"
     alpha: Annotated[float, Field(ge=0, description="weight of distillation, L_CD")] = 1.0
     temperature: Annotated[float, Field(gt=0, description="of distillation")] = 2.0
@@ -153,16 +155,20 @@ class GIFT(Method):
         which, place = self.prompt_of[index].unique(return_inverse=True)
         teacher_i, teacher_t = self.teacher_images[index], self.teacher_texts[which][place]
         student_i, student_t = teacher_i, teacher_t
-        if c.sides != "text":
+        both = self.distils and c.distillation == "feature_mse_release"
+        if both or c.sides != "text":
             student_i = clip.encode_image(self.pairs.images[index])
-        if c.sides != "image":
+        if both or c.sides != "image":
             student_t = clip.encode_text([self.prompts[k] for k in which.tolist()])[place]
-        teacher, student = clip.similarity(teacher_i, teacher_t), clip.similarity(student_i, student_t)
         losses = {}
-        if c.distillation == "feature_mse" and self.distils:
+        if self.distils and c.distillation.startswith("feature_mse"):
             losses["distil_image"] = c.alpha * (student_i - teacher_i).square().mean()
             losses["distil_text"] = c.alpha * (student_t - teacher_t).square().mean()
-        elif self.distils:
+        teacher = clip.similarity(teacher_i, teacher_t)
+        student = clip.similarity(
+            teacher_i if c.sides == "text" else student_i, teacher_t if c.sides == "image" else student_t
+        )
+        if self.distils and not losses:
             losses["distil_image"] = c.alpha * distillation(student, teacher, c.temperature, c.distillation)
             losses["distil_text"] = c.alpha * distillation(student.T, teacher.T, c.temperature, c.distillation)
         if c.beta:

@@ -17,6 +17,9 @@ hundredth that changes once an epoch, rows that start from the mean of the class
 - The means are over images (the release: over batches, ``gap_mean=batches``).
 - ``softmax=double`` is the release's: it puts the text probabilities through softmax twice, which brings them to the scale
   of the head's cosines. The default is what is better on the small world (docs/mg_clip.md).
+- ``freeze_A`` (off, as published) trains B alone from the second task on. In the release A then falls back to its values
+  from before the first task, which is silently another model: ``frozen_A=initial``; ``frozen_A=trained`` leaves it where
+  the first task's training did.
 - Where classes compete that have no row, they keep their text probability (the release knows no such class).
 """
 
@@ -30,10 +33,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
 from perdure.data.files import Pixels
-from perdure.data.task import Batch, Class, Query, Task
+from perdure.data.task import Batch, Class, Context, Query, Task
 from perdure.methods.base import Method, Recipe, State, register
+from perdure.models import lora
+from perdure.models.clip import CLIP
 from perdure.models.heads import CosineHead, Row, mix, places, softmax
 from perdure.ops.gap import logit_means, relative_change
 from perdure.ops.losses import classification
@@ -74,6 +80,11 @@ class Config(Compensation, Recipe):
         Literal["kaiming", "xavier", "random"],
         Field(description="how A starts, B being 0; random: both random, so that a new adapter changes the model"),
     ] = "xavier"
+    freeze_A: Annotated[bool, Field(description="train the adapters' A on the first task only")] = False
+    frozen_A: Annotated[
+        Literal["initial", "trained"],
+        Field(description="freeze_A: A as it was before the first task, as in the release, or as that left it"),
+    ] = "initial"
     augment: Annotated[bool, Field(description="crop training images at random")] = False
     epochs: Annotated[int, Field(ge=0, le=10**6, description="a task; 0: the gap decides, on the first one")] = 0
     most_epochs: Annotated[int, Field(ge=1, le=10**6, description="that the gap may decide on")] = 10
@@ -83,12 +94,14 @@ class Config(Compensation, Recipe):
 
 @dataclass
 class Learned(State):
-    """The epochs that the gap allows (0: not known yet), the changes seen epoch by epoch, and the head."""
+    """The epochs that the gap allows (0: not known yet), the changes seen epoch by epoch, and the head; where A is to be
+    frozen, A before the first task."""
 
     epochs: int = 0
     changes: list[float] = field(default_factory=list)
     classes: list[Row] = field(default_factory=list)
     head: dict[str, Tensor] = field(default_factory=dict)
+    first_A: dict[str, Tensor] = field(default_factory=dict)
 
 
 @register("mg_clip", paper="arXiv:2507.09118")
@@ -103,9 +116,16 @@ class MGCLIP(Method):
 
     # ---- preserve
 
+    def bind(self, clip: CLIP, context: Context | None = None) -> None:
+        super().bind(clip, context)
+        if self.config.freeze_A and not lora.factors(clip.backbone):
+            raise PerdureError("freeze_A: no adapters are trained here. Set adapt=lora, or freeze_A=false.")
+
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         c = self.config
+        if c.freeze_A:
+            self.freeze()
         self.by_epochs = not c.iterations
         self.searching = self.by_epochs and not c.epochs and not self.state.epochs
         self.per_epoch = -(-len(task.train) // c.batch_size)
@@ -113,6 +133,18 @@ class MGCLIP(Method):
             self.task, self.state.changes = task, []
             self.initial = {n: p.detach().clone() for n, p in self.parameters().items()}
             self.negative = self.negative_mean(task)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """From the second task on, let no A learn."""
+        factors = {n: p for n, p in self.clip.backbone.named_parameters() if ".lora_A." in n}
+        if not self.state.first_A:
+            self.state.first_A = {name: a.detach().clone() for name, a in factors.items()}
+            return
+        for name, a in factors.items():
+            if self.config.frozen_A == "initial":
+                a.copy_(self.state.first_A[name])
+            a.requires_grad_(False)
 
     def negative_mean(self, task: Task) -> float:
         """The mean logit of the wrong classes on the training images, by the weights the model holds now."""
