@@ -2,6 +2,8 @@
 
 import functools
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -155,3 +157,142 @@ def test_a_known_task_is_answered_by_its_expert_alone() -> None:
     for number in range(3):
         logits = method.predict(query(method, method.clip, task=number))
         assert torch.allclose(logits, t["expert_logits"][number + 1], rtol=0, atol=about["tolerance"]["logits_abs"])
+
+
+def by_hand(deltas: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], list[float]]:
+    """Unified delta, masks and rescalers of deltas, element by element and tensor by tensor, as the paper has them."""
+    unified: dict[str, Tensor] = {}
+    masks: list[dict[str, Tensor]] = [{} for _ in deltas]
+    means: dict[str, list[list[Tensor]]] = {}
+    for name in deltas[0]:
+        stack = torch.stack([d[name].flatten() for d in deltas])
+        column = []
+        for values in stack.T:
+            sign = 1.0 if values.sum() > 0 else -1.0
+            agreeing = [abs(v) for v in values.tolist() if v * sign > 0]
+            column.append(sign * max(agreeing, default=0.0))
+        unified[name] = torch.tensor(column).view(deltas[0][name].shape)
+        whole = re.sub(r"[qkv]_proj", "qkv", name)
+        for k, delta in enumerate(deltas):
+            sign = torch.where(stack.sum(0) > 0, 1.0, -1.0).view(delta[name].shape)
+            masks[k][name] = delta[name] * sign > 0
+            pair = [delta[name].abs().flatten(), (unified[name] * masks[k][name]).abs().flatten()]
+            means.setdefault(whole, [[] for _ in range(2 * len(deltas))])
+            for which in (0, 1):
+                means[whole][2 * k + which].append(pair[which])
+    total = [sum(torch.cat(m[k]).double().mean() for m in means.values()) for k in range(2 * len(deltas))]
+    return unified, masks, [float(total[2 * k] / total[2 * k + 1]) for k in range(len(deltas))]
+
+
+def shifts(origin: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """A delta that moves every tensor, the logit scale too; a tenth of the positions not at all."""
+    draw = torch.Generator().manual_seed(seed)
+    out = {
+        n: torch.randn(t.shape, generator=draw) * (torch.rand(t.shape, generator=draw) > 0.1) for n, t in origin.items()
+    }
+    return {n: (0.3 if n == "logit_scale" else 0.01) * d for n, d in out.items()} | {
+        "logit_scale": torch.tensor([0.4, -0.1, 0.2][seed])
+    }
+
+
+def small(about: dict[str, Any], t: dict[str, Tensor]) -> CLIP:
+    """The case's model with most of its tensors made small, so that loops over elements end."""
+    clip = tiny_clip(about, part(t, "pretrained/"), {"class 0": torch.tensor([1, 2, 3])})
+    clip.tokenizer.eos_token_id = 3
+    return clip
+
+
+def test_the_logit_scale_counts_in_the_rescaler_as_any_tensor() -> None:
+    """Three sessions whose experts move it, against loops over elements; the first session's deltas are exact."""
+    about, t = case("condu_unify_a")
+    clip = small(about, t)
+    origin = clip.pretrained
+    names = ["logit_scale", "visual_projection.weight", *(n for n in origin if n.endswith("_proj.bias"))]
+    method, image = ConDU(), Images(torch.zeros(1, 3, clip.size, clip.size), torch.zeros(1, dtype=torch.long))
+    method.bind(clip)
+    kept: list[dict[str, Tensor]] = []
+    for session in range(3):
+        task = Task(f"Task{session}", (Class("0", ("class {}",)),), image, image, session)
+        shift = shifts({n: origin[n] for n in names}, session)
+        method.start(task)
+        clip.load_weights("tuned", origin | {n: origin[n] + d for n, d in shift.items()})
+        method.fuse(task)
+        kept.append({n: (origin[n] + d) - origin[n] for n, d in shift.items()})
+        unified, masks, rescalers = by_hand(kept)
+        assert method.state.rescaler == pytest.approx(rescalers, rel=1e-5)
+        for name in names:
+            assert torch.allclose(method.state.unified[name], unified[name], rtol=0, atol=1e-7), name
+        for k in range(session + 1):
+            mine = masks_of(method, f"Task{k}", {n: origin[n] for n in names})
+            assert all(torch.equal(mine[n], masks[k][n]) for n in names), (session, k)
+        kept = [
+            {n: (origin[n] + rescalers[k] * m[n] * unified[n]) - origin[n] for n in names} for k, m in enumerate(masks)
+        ]
+        for k in range(session + 1):
+            expert = method.decoupled(k)
+            assert all(
+                torch.allclose(expert[n], origin[n] + kept[k][n], rtol=0, atol=1e-6) for n in origin if n in names
+            )
+
+
+def test_every_task_is_learned_from_the_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the model holds when a task begins, ``start`` goes back to θ⁰, and training there is what θ⁰'s would be."""
+    about, t = case("condu_aggregate_a")
+    monkeypatch.setattr(training, "batches", in_order)
+    monkeypatch.setattr(training, "random_resized_crop", lambda images, size, generator: images)
+    ids = {f"0 {k} 1": row for k, row in enumerate(t["task0/tokens_template1"])}
+    ends = []
+    for moved in (False, True):
+        clip = tiny_clip(about, part(t, "pretrained/"), ids)
+        method = ConDU(iterations=2, lr=2e-3, warmup=1, batch_size=8)
+        method.bind(clip)
+        origin = clip.weights()
+        if moved:
+            clip.load_weights("another task's", part(t, "finetuned1/"))
+        classes = tuple(Class(f"0 {k}", ("{} 1",)) for k in range(len(t["task0/tokens_template1"])))
+        images = Images(t["task0/images"], t["task0/labels"])
+        task = Task("Task0", classes, images, images)
+        method.start(task)
+        assert all(torch.equal(w, origin[n]) for n, w in clip.weights().items())
+        method.begin_task(task)
+        fit(method, task, torch.Generator(), clip.size, clip.device)
+        ends.append(clip.weights())
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+    assert any(not torch.equal(ends[0][n], origin[n]) for n in origin)
+
+
+def nearness() -> Tensor:
+    """(4, 6): similarities of four images to six tasks, all different."""
+    return torch.rand(4, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_four_experts_and_the_pretrained_model_answer_unless_told_otherwise() -> None:
+    about, t = case("condu_aggregate_a")
+    clip = tiny_clip(about, part(t, "pretrained/"), {})
+    method = ConDU()
+    method.bind(clip)
+    features = clip.features(t["test_images"][:4])
+    for number in range(6):  # prototypes of one class each
+        name = f"Task{number}"
+        method.state.order.append(name)
+        draw = torch.randn(1, features.shape[1], generator=torch.Generator().manual_seed(number))
+        method.state.prototypes[name] = torch.nn.functional.normalize(draw, dim=1)
+        method.state.trigger[name] = {}
+        method.state.rescaler.append(1.0)
+    plan = method.experts(Query(t["test_images"][:4], (Class("x", ("{}",)),)))
+    gates = torch.stack([torch.as_tensor(e.gate).expand(4) for e in plan], 1)
+    near = torch.stack([(features @ p.T).amax(1) for p in method.state.prototypes.values()], 1)
+    for image in range(4):
+        best = sorted(range(6), key=lambda k, image=image: -near[image, k])[:4]  # type: ignore[misc]
+        assert gates[image].nonzero().flatten().tolist() == [0, *sorted(k + 1 for k in best)]
+        assert gates[image][gates[image] > 0].tolist() == pytest.approx([0.2] * 5)
+
+
+def test_similarities_weigh_the_experts_in_the_paper_s_way() -> None:
+    scores = nearness()
+    gates = fusion.shares(scores, 2, "similarity")
+    for row, gate in zip(scores, gates, strict=True):
+        best = row.argsort(descending=True)[:2]
+        weights = torch.zeros(7)
+        weights[best + 1], weights[0] = row[best], row[best].mean()
+        torch.testing.assert_close(gate, weights / weights.sum())
