@@ -215,7 +215,7 @@ def chromium(page: Path, *options: str) -> str:
     assert CHROMIUM
     own = ["--virtual-time-budget=3000", f"--user-data-dir={page.parent / 'profile'}"]
     command = [CHROMIUM, *QUIET, *own, *options, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor google-chrome is on the PATH")

@@ -36,7 +36,7 @@ def start(*words: str | Path, **options: Any) -> subprocess.Popen[str]:
 
 def command(*words: str | Path, **options: Any) -> tuple[int, str, str]:
     process = start(*words, **options)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     return process.returncode, out, err
 
 
@@ -81,8 +81,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(method: str, tmp_path:
     process = start(*begin, "--out", broken)
     while process.poll() is None and kills < 3:
         before = len(list(broken.glob("task_*")))
-        limit = time.monotonic() + 60
-        while process.poll() is None and len(list(broken.glob("task_*"))) <= before and time.monotonic() < limit:
+        while process.poll() is None and len(list(broken.glob("task_*"))) <= before:
             time.sleep(0.01)
         time.sleep(random.random() * 0.8)
         if process.poll() is None:
@@ -90,7 +89,7 @@ def test_killed_at_random_moments_ends_with_the_same_bits(method: str, tmp_path:
             process.wait()
             kills += 1
             process = start("resume", broken)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     assert process.returncode == 0, err
     assert kills >= 1
     assert_same_run(whole, broken)
@@ -105,7 +104,7 @@ def test_ctrl_c_stops_tidily_and_says_how_to_go_on(tmp_path: Path) -> None:
         assert process.poll() is None
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert process.returncode == 130
     assert f"perdure resume {folder}" in out and "Traceback" not in out + err
     assert not list(folder.glob(".task*"))

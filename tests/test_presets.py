@@ -1,0 +1,73 @@
+"""Every shipped preset runs: two steps on a stand-in for the stream that it was written for, with every value it holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import perdure
+from perdure import launch
+from perdure.benchmarks import mini
+from perdure.data.task import Stream
+from perdure.launch.configure import PRESETS, configure, read_preset
+
+NAMES = sorted(p.name.removesuffix(".yaml") for p in PRESETS.iterdir() if p.name.endswith(".yaml"))
+# What is not the method's, and what only a big machine can do; a preset says all else.
+SMALL: dict[str, Any] = {"images": 6, "batch_size": 4, "precision": "fp32"}
+SMALL_GENERATOR: dict[str, Any] = {"generator": "stream", "vocabulary": "stream", "sampling_steps": 1, "synthetic": 3}
+
+
+def stand_in(preset: dict[str, Any]) -> Stream:
+    """Drawings under the names of the tasks that the preset's rates are for."""
+    small = mini.multi_domain("I") if "stream" not in preset else mini.class_incremental()
+    names = list(preset.get("lr_by_task", {})) or [t.name for t in small.tasks[:1]]
+    tasks = tuple(replace(small.tasks[0], name=name, index=k) for k, name in enumerate(names))
+    return replace(small, name="stand-in", tasks=tasks, defaults={})
+
+
+def overrides(preset: dict[str, Any]) -> dict[str, Any]:
+    """Two steps on one task; the embedded generator for Stable Diffusion."""
+    by_epochs = {"epochs": 2, "images": 4} if "epochs" in preset else {"iterations": 2}
+    if preset["method"] == "gift":
+        by_epochs |= {**SMALL_GENERATOR, "iterations": 1}  # GIFT takes a last step at rate 0
+    return {**SMALL, **by_epochs}
+
+
+def test_there_are_presets() -> None:
+    assert len(NAMES) >= 7
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_takes_two_steps_with_every_value_it_holds(name: str, tmp_path: Path) -> None:
+    preset = read_preset(name)
+    changed = overrides(preset)
+    metrics = perdure.run(
+        preset["method"], stand_in(preset), tmp_path / "run", preset=name, tasks=1, **changed
+    )  # fmt: skip
+    ((_, losses),) = metrics["losses"].items()
+    assert losses["step"][-1] == 2 and metrics["finished"]
+
+    stated = {k: v for k, v in preset.items() if k not in ("method", "stream", "about")}
+    written = metrics["config"]
+    assert {k: written[k] for k in stated if k not in changed} == {
+        k: tuple(v) if isinstance(v, list) and isinstance(written[k], tuple) else v
+        for k, v in stated.items()
+        if k not in changed
+    }
+    assert {k: written[k] for k in changed if k in stated} == {k: changed[k] for k in stated if k in changed}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_s_values_reach_the_method(name: str) -> None:
+    """Those too that two steps on the small world must change."""
+    preset = read_preset(name)
+    stated = {k: v for k, v in preset.items() if k not in ("method", "stream", "about")}
+    config, _ = configure(preset["method"], stand_in(preset), 0, {}, stated)
+    method = launch.build(preset["method"], config["options"])
+    part = getattr(method, "learn", method)
+    for key, value in stated.items():
+        found = getattr(part.config, key)
+        assert (list(found) if isinstance(found, tuple) else found) == value, key
