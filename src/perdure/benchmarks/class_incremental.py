@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
@@ -28,9 +29,20 @@ from perdure.data.task import Class, Images, Stream
 
 MODEL, TEMPLATE, SIDE = "openai/clip-vit-base-patch16", "a good photo of a {}.", 224
 FIRST_HUNDRED = ("n01440764", "n01855672")
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm", ".jp2", ".avif")
+LISTS = (
+    ".txt",
+    ".csv",
+    ".json",
+    ".jsonl",
+    ".xml",
+    ".md",
+    ".db",
+    ".ini",
+    ".mat",
+)  # what data sets keep beside their pictures
 HOMES = {
-    "cifar100": "cifar-100-python, fetched by torchvision where it can",
+    "cifar100": "cifar-100-python, as unpacked",
     "imagenet100": "imagenet100/train/WNID and imagenet100/val/WNID, the hundred classes of the published order",
     "imagenet_r": "imagenet-r/WNID with imagenet-r/split.json, or imagenet-r/train/WNID and imagenet-r/test/WNID",
     "tiny_imagenet": "tiny-imagenet-200, as unpacked",
@@ -60,8 +72,29 @@ def there(folder: Path, what: str) -> Path:
 
 
 def pictures(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+    """The image files below a folder, sorted, hidden ones not; what else is left out is said. ``PerdureError`` for none."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not hidden(p.relative_to(folder)))
+    found = [p for p in files if p.suffix.lower() in PICTURES]
+    odd = [p for p in files if p.suffix.lower() not in (*PICTURES, *LISTS)]
+    if not found:
+        more = f" ({len(files)} other files, {files[0].name} among them)" if files else ""
+        raise PerdureError(f"{folder} holds no picture{more}. Pictures end in {', '.join(PICTURES)}.")
+    if odd:
+        warnings.warn(
+            f"{folder}: {len(odd)} files are no pictures by their names and are left out: {odd[0].name}, …",
+            stacklevel=2,
+        )
+    return found
+
+
+def hidden(path: Path) -> bool:
+    """Whether a path is one that programs keep beside people's files: ``._0.png``, ``.ipynb_checkpoints/…``."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def folders(base: Path) -> list[str]:
+    """The names of the folders in a folder, sorted, hidden ones not."""
+    return sorted(p.name for p in base.iterdir() if p.is_dir() and not hidden(Path(p.name)))
 
 
 @contextlib.contextmanager
@@ -82,7 +115,7 @@ def labelled(base: Path, listed: Sequence[tuple[Path, int]]) -> tuple[Images, li
 
 def by_folder(base: Path, what: str, sides: tuple[str, str], names: Sequence[str] | None = None) -> Loaded:
     """A folder a class on either side; ``names`` in the order of the sorted folders, else the folders' own."""
-    found = [sorted(p.name for p in there(base / side, what).iterdir() if p.is_dir()) for side in sides]
+    found = [folders(there(base / side, what)) for side in sides]
     if found[0] != found[1]:
         odd = sorted(set(found[0]) ^ set(found[1]))
         raise PerdureError(f"{base}: the class folder '{odd[0]}' is in only one of {sides[0]} and {sides[1]}.")
@@ -98,11 +131,12 @@ def cifar100(base: Path) -> Loaded:
     from torchvision.datasets import CIFAR100
 
     try:
-        sides = [CIFAR100(str(base), train=train, download=True) for train in (True, False)]
+        sides = [CIFAR100(str(base), train=train) for train in (True, False)]  # fetched only by who asks for it
     except (OSError, RuntimeError) as error:
         raise PerdureError(
-            f"CIFAR-100 is neither at {base / 'cifar-100-python'} nor could torchvision fetch it ({error}). "
-            "Put it there, or set PERDURE_DATA to where it is."
+            f"CIFAR-100 is not at {base / 'cifar-100-python'} ({str(error).splitlines()[0]}). Put it there, or set "
+            'PERDURE_DATA to where it is. torchvision fetches it: python -c "from torchvision.datasets import CIFAR100; '
+            f"CIFAR100('{base}', download=True)\""
         ) from None
     made = [Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in sides]
     return [c.replace("_", " ") for c in sides[0].classes], made[0], made[1], digest(b"cifar-100-python")
@@ -110,8 +144,8 @@ def cifar100(base: Path) -> Loaded:
 
 @cache
 def imagenet100(base: Path) -> Loaded:
-    folders = sorted(p.name for p in there(base / "imagenet100" / "train", "imagenet100").iterdir() if p.is_dir())
-    if folders[:1] + folders[-1:] != [*FIRST_HUNDRED]:
+    found = folders(there(base / "imagenet100" / "train", "imagenet100"))
+    if found[:1] + found[-1:] != [*FIRST_HUNDRED]:
         raise PerdureError(
             f"{base / 'imagenet100'} holds another hundred classes than the published ImageNet-100, which is the first "
             f"hundred of ImageNet: {FIRST_HUNDRED[0]} (tench) to {FIRST_HUNDRED[1]} (goose)."
@@ -149,7 +183,7 @@ def write_split(folder: str | Path, share: float, seed: int) -> Path:
         raise PerdureError(f"{home / 'split.json'} exists. Remove it first if another split is wanted.")
     generator = torch.Generator().manual_seed(seed)
     split: dict[str, Any] = {"seed": seed, "share": share, "train": [], "test": []}
-    for one in sorted(p for p in home.iterdir() if p.is_dir()):
+    for one in (home / name for name in folders(home)):
         found = [p.relative_to(home).as_posix() for p in pictures(one)]
         order = torch.randperm(len(found), generator=generator).tolist()
         kept = set(order[: round(share * len(found))])
@@ -162,7 +196,7 @@ def write_split(folder: str | Path, share: float, seed: int) -> Path:
 @cache
 def tiny_imagenet(base: Path) -> Loaded:
     home = there(base / "tiny-imagenet-200", "tiny_imagenet")
-    ids = sorted(p.name for p in (home / "train").iterdir() if p.is_dir())
+    ids = folders(home / "train")
     with reading(home):
         words = dict(line.split("\t", 1) for line in (home / "words.txt").read_text().splitlines() if "\t" in line)
         names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in ids]

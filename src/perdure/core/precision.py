@@ -10,6 +10,6 @@ def precision_of(wanted: str, device: str) -> str:
     if wanted != "auto":
         return wanted
     if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if supported() else "fp32"

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,13 @@ def read_json(path: Path) -> Any:
         raise DamagedFile(f"{path} is damaged: {error}.") from None
 
 
+def inside(folder: Path, path: str) -> Path:
+    """A recorded path below ``folder``; ``DamagedFile`` for one that points elsewhere."""
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise DamagedFile(f"{folder} names a file outside itself: {path}.")
+    return folder / path
+
+
 def read_bytes(path: Path, sha256: str) -> bytes:
     """The content of a file whose sha256 is known; ``DamagedFile`` if it is missing or another."""
     try:
@@ -89,8 +96,9 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Hold a run's folder: a second process that writes to it is refused. The system frees a dead one's hold."""
+def only_one(folder: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold a folder: a second process that writes to it is refused, or waits, once it has said so through ``wait``. The
+    system frees a dead one's hold."""
     try:
         import fcntl
     except ImportError:  # no such lock on this system
@@ -100,7 +108,10 @@ def only_one(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PerdureError(
-                f"{folder} is being written by another process. Wait for it, or stop it first."
-            ) from None
+            if wait is None:
+                raise PerdureError(
+                    f"{folder} is being written by another process. Wait for it, or stop it first."
+                ) from None
+            wait(f"{folder} is being written by another process; waiting for it.")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile
@@ -44,9 +46,9 @@ class Files:
 
     def read(self, path: Path) -> Tensor:
         try:
-            with Image.open(path) as picture:
+            with long_texts(), Image.open(path) as picture:
                 picture = picture.convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for damaged files
             raise DamagedFile(f"{path} is no image that can be read: {error}.") from None
         factor = self.side / min(picture.size)
         wide, tall = (max(self.side, round(x * factor)) for x in picture.size)
@@ -56,17 +58,69 @@ class Files:
         return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
 
 
-Pixels = Any  # (N, 3, H, W) uint8: a Tensor, or Files
+@contextlib.contextmanager
+def long_texts() -> Iterator[None]:
+    """Let Pillow read sound PNGs that carry long notes: only their pixels are wanted."""
+    limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
+    try:
+        yield
+    finally:
+        PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = limits
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several sets of images that are not alike (files beside tensors, other sizes), read as one at the first one's size."""
+
+    parts: tuple[Any, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        numbers = range(len(self))[index] if isinstance(index, slice) else index.tolist()
+        images = [self.one(number) for number in numbers]
+        size = images[0].shape[-2:] if images else (1, 1)
+        alike = [
+            x if x.shape[-2:] == size else F.interpolate(x[None], size, mode="bicubic", antialias=True)[0]
+            for x in images
+        ]
+        return torch.stack(alike).clamp_(0, 1) if alike else torch.empty(0, 3, *size)
+
+    def one(self, number: int) -> Tensor:
+        """One image, (3, H, W) float."""
+        for part in self.parts:
+            if number < len(part):
+                return as_floats(part[torch.tensor([number])])[0]
+            number -= len(part)
+        raise IndexError(number)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All images, ``size`` at a time."""
+        return (self[at : at + size] for at in range(0, max(1, len(self)), size))
+
+
+Pixels = Any  # (N, 3, H, W) uint8, or float in 0 … 1: a Tensor, Files or Joined
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Images as every reader of them has them: float32 in 0 … 1; uint8 is divided by 255, floats are that already."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def take(pixels: Pixels, index: Tensor) -> Pixels:
     """The images numbered ``index``; files stay unread."""
-    return pixels.select(index) if isinstance(pixels, Files) else pixels[index]
+    return pixels.select(index) if isinstance(pixels, Files) else pixels[index]  # joined ones are read
 
 
 def joined(parts: Sequence[Pixels]) -> Pixels:
     """Several sets of images as one."""
     first = parts[0]
-    if isinstance(first, Files):
+    if all(isinstance(part, Files) and part.side == first.side for part in parts):
         return Files(tuple(p for part in parts for p in part.paths), first.side)
-    return torch.cat(list(parts))
+    if all(
+        isinstance(part, Tensor) and part.shape[1:] == first.shape[1:] and part.dtype == first.dtype for part in parts
+    ):
+        return torch.cat(list(parts))
+    return Joined(tuple(parts))

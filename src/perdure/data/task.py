@@ -12,6 +12,7 @@ from torch import Tensor
 
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
+from perdure.data.checks import check_range, check_texts, described, places_in
 from perdure.data.files import Pixels, joined, take
 
 
@@ -22,23 +23,52 @@ class Class:
     name: str
     templates: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise PerdureError("A class has no name: it is asked for by its name, which must be a word.")
+        if not self.templates:
+            raise PerdureError(f"The class '{self.name}' has no template, as 'a photo of a {{}}.' is one.")
+        for template in self.templates:
+            if places_in(template) != [""]:
+                raise PerdureError(
+                    f"The template '{template}' (of the class '{self.name}') must hold exactly one {{}}, where the name goes."
+                )
+
     def prompts(self) -> list[str]:
         return [template.format(self.name) for template in self.templates]
 
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images. pixels: (N, 3, H, W) uint8, in memory or in files; labels: (N,) int64, indices into the classes."""
+    """Labelled images. pixels: (N, 3, H, W), uint8 or float in 0 … 1, in memory or in files; labels: (N,) int64, indices into
+    the classes; captions: a text an image, where there are any."""
 
     pixels: Pixels
     labels: Tensor
+    captions: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        labels, pixels = self.labels, self.pixels
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
+            raise PerdureError(f"Labels must be a tensor (N,) of int64, not {described(labels)}.")
+        if isinstance(pixels, Tensor) and (
+            pixels.ndim != 4 or pixels.shape[1] != 3 or not (pixels.dtype == torch.uint8 or pixels.is_floating_point())
+        ):
+            raise PerdureError(f"Images must be (N, 3, H, W), uint8 or float in 0 … 1, not {described(pixels)}.")
+        if not hasattr(pixels, "__len__") or len(pixels) != len(labels):
+            raise PerdureError(f"There are {len(labels)} labels for {described(pixels)}: there must be one an image.")
+        if self.captions is not None and len(self.captions) != len(labels):
+            raise PerdureError(
+                f"There are {len(self.captions)} captions for {len(labels)} images: there must be one an image."
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: Tensor) -> Images:
         """The images numbered ``index``."""
-        return Images(take(self.pixels, index), self.labels[index])
+        captions = None if self.captions is None else tuple(self.captions[k] for k in index.tolist())
+        return Images(take(self.pixels, index), self.labels[index], captions)
 
     def few(self, shots: int, generator: torch.Generator) -> Images:
         """``shots`` images a class, drawn; all of a class that has fewer."""
@@ -72,6 +102,8 @@ class Task:
     parts: int = 1
 
     def __post_init__(self) -> None:
+        if not self.classes:
+            raise PerdureError(f"Task {self.name} has no classes.")
         for images in (self.train, self.test):
             if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < len(self.classes):
                 raise PerdureError(f"Task {self.name}: labels must lie in 0 … {len(self.classes) - 1}.")
@@ -87,6 +119,12 @@ class Probe:
 
     classes: tuple[Class, ...]
     test: Images
+
+
+def all_captions(parts: Sequence[Images]) -> tuple[str, ...] | None:
+    """The captions of several sets of images, where each has them."""
+    found = [part.captions for part in parts]
+    return tuple(c for part in found if part for c in part) if all(part is not None for part in found) else None
 
 
 OnDraw = Callable[[int, int, int], None]
@@ -150,6 +188,12 @@ class Stream:
 
     def __post_init__(self) -> None:
         names = [t.name for t in self.tasks]
+        if not names:
+            raise PerdureError(f"The stream {self.name} has no tasks.")
+        if taken := sorted({"probe", "before"} & set(names)):
+            raise PerdureError(
+                f"A task of {self.name} is called '{taken[0]}', which means something else in results: give it another name."
+            )
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise PerdureError(f"The stream {self.name} has two tasks of the name '{twice[0]}'. Give each its own.")
         seen: set[Class] = set()
@@ -159,7 +203,17 @@ class Stream:
             seen.add(one)
 
     def check(self, clip: Any) -> None:
-        """Refuse, before anything is computed, what ``clip`` cannot be asked or shown."""
+        """Refuse, before anything is computed, what ``clip`` cannot be asked or shown: a side without images, floats that are
+        no pixels, classes of one task whose texts are one, prompts longer than its text tower reads."""
+        parts: list[tuple[str, Task | Probe]] = [(f"task {t.name}", t) for t in self.tasks]
+        parts += [("the probe", self.probe)] if self.probe else []
+        for where, part in parts:
+            sides = {"test": part.test, **({"training": part.train} if isinstance(part, Task) else {})}
+            for side, images in sides.items():
+                if not len(images):
+                    raise PerdureError(f"{self.name}, {where}: there are no {side} images. Give at least one.")
+                check_range(images.pixels, f"{self.name}, {where}, {side} images")
+            check_texts(part.classes, clip, f"{self.name}, {where}")
 
     def few_shot(self, shots: int, seed: int) -> Stream:
         """``shots`` training images a class, drawn by the seed; 0: all. Another split."""
@@ -186,6 +240,7 @@ class Stream:
             Images(
                 joined([getattr(t, side).pixels for t in self.tasks]),
                 torch.cat([getattr(t, side).labels + shift[i] for i, t in enumerate(self.tasks)]),
+                all_captions([getattr(t, side) for t in self.tasks]),
             )
             for side in ("train", "test")
         ]

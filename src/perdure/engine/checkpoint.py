@@ -21,7 +21,7 @@ from torch import Tensor
 
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.packing import Frozen
-from perdure.core.state import digest, read_json, read_tensors, sync_folder, write_bytes, write_json
+from perdure.core.state import digest, inside, read_json, read_tensors, sync_folder, write_bytes, write_json
 from perdure.methods.base import Method
 
 
@@ -145,7 +145,7 @@ def read_task(folder: Path, tensors: bool) -> Saved:
     """
     record = read_record(folder)
     names = record["files"] if tensors else {"hits": record["files"]["hits"]}
-    files = {key: read_tensors(folder.parent / about["path"], about["sha256"]) for key, about in names.items()}
+    files = {key: read_tensors(inside(folder.parent, about["path"]), about["sha256"]) for key, about in names.items()}
     return Saved(folder, record, files)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,14 +12,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
 from perdure.core.weights import Weights
-from perdure.models import lora
+from perdure.data.files import as_floats
+from perdure.models import loading, lora
+from perdure.models.towers import Part
 
-OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PARTS: dict[str, Part] = {"vision_model": "image", "visual_projection": "image", "logit_scale": "scale"}
 
 
 @dataclass
@@ -63,23 +63,11 @@ class CLIP(nn.Module):
     @classmethod
     def load(cls, path: str, device: str = "cpu") -> CLIP:
         """From a folder or Hub id that ``CLIPModel.from_pretrained`` loads. Raises ``PerdureError`` if it does not."""
-        from transformers import AutoTokenizer, CLIPModel
-
-        try:
-            with quiet():
-                backbone, found = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            mean, std = preprocessing(path)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise PerdureError(
-                f"No CLIP model could be loaded from '{path}': {reason} "
-                "Give a folder or a Hub id that transformers' CLIPModel.from_pretrained loads."
-            ) from error
-        if found["missing_keys"]:
-            raise PerdureError(
-                f"'{path}' is no CLIP model: it lacks {sorted(found['missing_keys'])[0]} and perhaps others."
-            )
+        place = loading.locate(path)
+        with loading.quiet():
+            backbone = loading.backbone(place)
+            tokenizer = loading.tokenizer(place)
+        mean, std = loading.preprocessing(place.path)
         backbone.set_attn_implementation(attention(backbone.config.vision_config, device))
         return cls(backbone.eval(), tokenizer, mean, std, path).to(device)
 
@@ -94,6 +82,11 @@ class CLIP(nn.Module):
         """The factor between cosine similarities and logits, exp(logit_scale)."""
         return self.backbone.logit_scale.exp()
 
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added to logits: nothing, in CLIP."""
+        return None
+
     def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
         """s·I·Tᵀ in fp32, of unit embeddings (B, D) and (C, D)."""
         with torch.autocast(images.device.type, enabled=False):
@@ -101,20 +94,27 @@ class CLIP(nn.Module):
 
     def pixels(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8, or float in 0 … 1 → the vision tower's input, resized and normalised."""
-        x = images.to(self.device)
-        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        x = as_floats(images.to(self.device))
         if x.shape[-2:] != (self.size, self.size):
             x = resized(x, self.size)
         return (x - self.mean) / self.std
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (N, L), cut after the longest end token: CLIP's text tower is causal, later tokens change nothing."""
-        context = self.backbone.config.text_config.max_position_embeddings
-        ids = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=context, return_tensors="pt"
-        ).input_ids
-        end = (ids == self.tokenizer.eos_token_id).int().argmax(1)
-        return ids[:, : int(end.max()) + 1].to(self.device)
+        ids = self.tokenizer(list(prompts), padding=True, return_tensors="pt").input_ids
+        ends = ids == self.tokenizer.eos_token_id
+        if not bool(ends.any(1).all()):
+            raise PerdureError(
+                f"The tokenizer of {self.path} puts no end token after '{prompts[int((~ends.any(1)).int().argmax())]}', and "
+                "CLIP's text is read there. Use the tokenizer that belongs to the model."
+            )
+        lengths, context = ends.int().argmax(1) + 1, self.backbone.config.text_config.max_position_embeddings
+        if int(lengths.max()) > context:
+            raise PerdureError(
+                f"The prompt '{prompts[int(lengths.argmax())]}' is {int(lengths.max())} tokens long; the text tower of "
+                f"{self.path} reads {context}. Shorten the class's name or its template."
+            )
+        return ids[:, : int(lengths.max())].to(self.device)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit image embeddings (B, D) in fp32, of images as ``pixels`` takes them."""
@@ -150,10 +150,10 @@ class CLIP(nn.Module):
             self._texts[key] = F.normalize(means, dim=-1)
         return self._texts[key]
 
-    def part_of(self, name: str) -> str:
-        """The tower that the parameter ``name`` belongs to: ``image``, ``text``, or ``scale`` for the logits' factor."""
+    def part_of(self, name: str) -> Part:
+        """What the parameter ``name`` of the backbone belongs to; see ``Towers``."""
         first = name.split(".")[0]
-        return {"vision_model": "image", "visual_projection": "image", "logit_scale": "scale"}.get(first, "text")
+        return PARTS.get(first, "text")
 
     # ---- weights
 
@@ -300,7 +300,7 @@ class CLIP(nn.Module):
         processor = CLIPImageProcessor(
             size={"shortest_edge": self.size}, crop_size=crop, image_mean=mean, image_std=std, do_convert_rgb=True
         )
-        with quiet():
+        with loading.quiet():
             plain.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -329,29 +329,3 @@ def resized(images: Tensor, size: int) -> Tensor:
 
 def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def preprocessing(path: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of the pixels, from the model's preprocessor file (CLIP's own where it has none)."""
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        found = None
-    about = json.loads(Path(found).read_text()) if found else {}
-    return about.get("image_mean", OPENAI_MEAN), about.get("image_std", OPENAI_STD)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of transformers: perdure draws its own."""
-    from transformers.utils import logging
-
-    was = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was:
-            logging.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -14,9 +15,10 @@ from torch import Tensor
 from perdure.core.errors import PerdureError
 from perdure.core.precision import precision_of
 from perdure.core.state import digest
-from perdure.models.clip import quiet
+from perdure.models.loading import quiet
 from perdure.synthesis.prompts import Request
 
+CONTENTS: dict[tuple[str, int, int], str] = {}
 SOLVER_BELOW = 50  # fewer steps than that need a faster solver than the one the pipeline came with (GIFT)
 
 
@@ -39,13 +41,12 @@ class Generator:
 
     @cached_property
     def identity(self) -> str:
-        """A digest of what the model is: of a folder's configuration files and the sizes of its weights, or of a Hub id."""
+        """A digest of what the model is: of the names and contents of a folder's files, or a Hub id with its commit."""
         folder = Path(self.path)
         if not folder.is_dir():
-            return self.path
+            return hub_identity(self.path)
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-        told = [(str(p.relative_to(folder)), p.read_text() if p.suffix == ".json" else p.stat().st_size) for p in files]
-        return digest(json.dumps(told).encode())
+        return digest(json.dumps([(p.relative_to(folder).as_posix(), contents(p)) for p in files]).encode())
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that are empty or that the text encoder would cut off."""
@@ -78,6 +79,27 @@ class Generator:
                 generator=generators, output_type="pt",
             ).images  # fmt: skip
         return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()[: len(asked)]
+
+
+def contents(path: Path) -> str:
+    """The sha256 of a file, taken once in a process while its size and time stay."""
+    about = path.stat()
+    key = (str(path), about.st_size, about.st_mtime_ns)
+    if key not in CONTENTS:
+        whole = hashlib.sha256()
+        with open(path, "rb") as file:
+            while part := file.read(1 << 22):
+                whole.update(part)
+        CONTENTS[key] = whole.hexdigest()
+    return CONTENTS[key]
+
+
+def hub_identity(name: str) -> str:
+    """A Hub id and the commit of it that lies here; the id alone, where none does."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "model_index.json") if name.count("/") == 1 else None
+    return f"{name}@{Path(found).parent.name}" if isinstance(found, str) else name
 
 
 def check(path: str) -> None:

@@ -113,8 +113,10 @@ class Replay:
         size, done = self.generator.batch_size, len(wanted) - len(todo)
         self.generator.check_prompts([r.prompt for r in todo])  # all of them, before any is drawn
         store.folder.mkdir(parents=True, exist_ok=True)
-        with only_one(store.folder):
+        with only_one(store.folder, self.context.warn):
             store.open()
+            store.read_manifest()  # another process may have drawn some of it while this one waited
+            todo = [e.request for e in damaged] + store.missing(wanted)
             for first in range(0, len(todo), size):
                 asked = todo[first : first + size]
                 store.add(list(self.generator.draw(asked)))

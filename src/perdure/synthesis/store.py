@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile, PerdureError
-from perdure.core.state import digest, read_bytes, read_json, sync_folder, write_bytes, write_json
+from perdure.core.state import digest, inside, read_bytes, read_json, sync_folder, write_bytes, write_json
 from perdure.data.task import silent
 from perdure.models.clip import resized
 from perdure.synthesis.prompts import Request
@@ -147,7 +147,7 @@ class Store:
             entry = self.entries.get(request)
             if entry is not None and entry.file is not None:
                 try:
-                    read_bytes(self.folder / entry.file, entry.sha256)
+                    read_bytes(inside(self.folder, entry.file), entry.sha256)
                 except DamagedFile:
                     found.append(entry)
         return found
@@ -174,7 +174,7 @@ class Store:
     def image(self, entry: Entry, size: int) -> Tensor:
         """One image, (3, size, size) uint8."""
         assert entry.file is not None
-        with Image.open(io.BytesIO(read_bytes(self.folder / entry.file, entry.sha256))) as picture:
+        with Image.open(io.BytesIO(read_bytes(inside(self.folder, entry.file), entry.sha256))) as picture:
             pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)
         if pixels.shape[-2:] == (size, size):
             return pixels

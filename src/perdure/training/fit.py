@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
+from perdure.data.files import as_floats
 from perdure.data.task import Batch, Task
 from perdure.data.transforms import random_resized_crop
 from perdure.training.schedule import Schedule
@@ -109,10 +110,12 @@ def fit(
 def crops(task: Task, plan: Schedule, generator: torch.Generator, image_size: int) -> Iterator[Batch]:
     """The task's training images in batches without end, cropped at random where the plan says so."""
     for index in batches(len(task.train), plan.batch_size, generator):
-        images = task.train.pixels[index].float() / 255
+        images = as_floats(task.train.pixels[index])
         if plan.augment:
             images = random_resized_crop(images, image_size, generator)
-        yield Batch(images, task.train.labels[index], index=index)
+        captions = task.train.captions
+        more = {} if captions is None else {"captions": tuple(captions[k] for k in index.tolist())}
+        yield Batch(images, task.train.labels[index], index=index, **more)
 
 
 def optimise(

@@ -1,0 +1,53 @@
+"""What can be wrong with classes and images, said by name before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from string import Formatter
+from typing import Any
+
+from torch import Tensor
+
+from perdure.core.errors import PerdureError
+
+
+def places_in(template: str) -> list[str]:
+    """What stands between the braces of a template; ``["}"]`` where they do not fit together."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError:
+        return ["}"]
+    return [place + (form or "") + (turn or "") for _, place, form, turn in parts if place is not None]
+
+
+def described(value: Any) -> str:
+    """A value in words: ``float32 (8, 3, 32, 32)``, or its type."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+
+
+def check_range(pixels: Any, where: str) -> None:
+    """Refuse floats that do not lie in 0 … 1."""
+    if isinstance(pixels, Tensor) and pixels.is_floating_point():
+        low, high = pixels.min().item(), pixels.max().item()
+        if not (low >= 0 and high <= 1):
+            raise PerdureError(
+                f"{where}: images as floats must lie in 0 … 1, these in {low:g} … {high:g}. Give uint8, or divide by 255; "
+                "what the model subtracts and divides by is done later."
+            )
+
+
+def check_texts(classes: Sequence[Any], clip: Any, where: str) -> None:
+    """Refuse prompts that the text tower would cut, and classes that it could not tell apart."""
+    prompts = [one.prompts() for one in classes]
+    rows = iter(map(tuple, clip.tokens([p for own in prompts for p in own]).tolist()))
+    known: dict[tuple[Any, ...], str] = {}
+    for one, own in zip(classes, prompts, strict=True):
+        ids = tuple(next(rows) for _ in own)
+        if ids in known:
+            raise PerdureError(
+                f"{where}: the classes '{known[ids]}' and '{one.name}' have one text, so that the model cannot tell them "
+                "apart. Give one of them another name or template."
+            )
+        known[ids] = one.name
