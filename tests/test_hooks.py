@@ -1,4 +1,4 @@
-"""What the house offers a method beyond the three papers: phases, modules, material, gradients, and answers that leave no trace."""
+"""What the house offers a method beyond the papers: phases, modules, material, gradients, answers that leave no trace."""
 
 import os
 import random

@@ -263,6 +263,99 @@ def test_a_generator_s_identity_covers_its_weights(tmp_path: Path) -> None:
     assert Generator(str(mini.GENERATOR), 4, 1.0, 2).identity == before
 
 
+def test_a_second_process_waits_for_the_store_and_draws_only_what_is_missing(tmp_path: Path) -> None:
+    heard: list[str] = []
+    waiting = threading.Event()
+
+    def warn(text: str) -> None:
+        heard.append(text)
+        waiting.set()
+
+    stream, about = mini.multi_domain("I"), Synthesis(**QUICK, pairs=str(tmp_path / "pairs"))
+    one, two = (Replay(about, stream.context(warn=w), 32, "cpu") for w in (heard.append, warn))
+    wanted, found = one.wanted("animals", []), []
+    (tmp_path / "pairs").mkdir()
+    second = threading.Thread(target=lambda: found.append(two.draw(two.store(), wanted)))
+    with only_one(tmp_path / "pairs"):
+        second.start()
+        waiting.wait()
+        store = one.store()
+        store.open()
+        store.add(list(one.generator.draw(wanted[:4])))
+    second.join()
+    assert found == [2] and "waiting for it" in heard[0]
+    assert not one.store().missing(wanted) and not one.store().damaged(wanted)
+
+
+def test_a_store_that_another_run_made_meanwhile_for_something_else_is_refused(tmp_path: Path) -> None:
+    mine, other = Store(tmp_path, {"stream": "s"}), Store(tmp_path, {"stream": "t"})
+    other.open()
+    with pytest.raises(PerdureError, match="made for something else"):
+        mine.open()
+
+
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:
+    store = filled(tmp_path / "pairs")
+    manifest = tmp_path / "pairs" / "manifest.jsonl"
+    (tmp_path / "elsewhere.png").write_bytes(
+        (tmp_path / "pairs" / str(store.entries[Request("p1", 1)].file)).read_bytes()
+    )
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    lines[1]["file"] = "../elsewhere.png"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again = Store(tmp_path / "pairs", {"stream": "s"})
+    assert [e.prompt for e in again.damaged([Request("p1", 1)])] == ["p1"]
+    with pytest.raises(DamagedFile, match="outside itself: .*elsewhere"):
+        again.read([Request("p1", 1)], 8)
+
+
+def changed_generator(folder: Path) -> Path:
+    """The small generator with every weight of its UNet moved by a tenth: files of the same names and sizes."""
+    shutil.copytree(mini.GENERATOR, folder)
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({n: t + 0.1 for n, t in load_file(path).items()}, path, {"format": "pt"})
+    return folder
+
+
+def test_other_weights_are_another_generator(tmp_path: Path) -> None:
+    same = tmp_path / "same"
+    shutil.copytree(mini.GENERATOR, same)
+    (same / ".cache").mkdir()
+    (same / ".cache" / "note").write_text("a downloader's")
+    other = changed_generator(tmp_path / "other")
+    assert (other / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size == (
+        mini.GENERATOR / "unet" / "diffusion_pytorch_model.safetensors"
+    ).stat().st_size
+    assert Generator(str(same), 2, 3.0, 4).identity == Generator(str(mini.GENERATOR), 2, 3.0, 4).identity
+    stream = mini.multi_domain("I")
+    pairs = str(tmp_path / "pairs")
+    first = Replay(Synthesis(**QUICK, pairs=pairs), stream.context(), 32, "cpu")
+    first.store().open()
+    with pytest.raises(PerdureError, match="made for something else .generator"):
+        Replay(Synthesis(**QUICK, pairs=pairs, generator=str(other)), stream.context(), 32, "cpu")
+
+
+def test_a_store_of_an_earlier_version_is_taken_with_a_word(tmp_path: Path) -> None:
+    """It noted no more of the generator than its files' names and sizes."""
+    heard: list[str] = []
+    stream, about = mini.multi_domain("I"), Synthesis(**QUICK, pairs=str(tmp_path))
+    replay = Replay(about, stream.context(), 32, "cpu")
+    kept = {**replay.made_for(), "generator": replay.generator.former}
+    Store(tmp_path, kept).open()
+    Replay(about, stream.context(warn=heard.append), 32, "cpu")
+    assert "earlier version" in heard[0]
+    Store(tmp_path, kept)
+    (tmp_path / "store.json").write_text(json.dumps({**kept, "generator": "0" * 64}))
+    with pytest.raises(PerdureError, match="made for something else"):
+        Replay(about, stream.context(), 32, "cpu")
+
+
+def test_the_pipeline_does_not_outlive_the_drawing(tmp_path: Path) -> None:
+    replay = Replay(Synthesis(**QUICK, pairs=str(tmp_path)), mini.multi_domain("I").context(), 32, "cpu")
+    replay.pairs("animals", [])
+    assert "pipeline" not in vars(replay.generator)
+
+
 def test_learned_classes_join_the_pool_and_other_prompts_stay() -> None:
     stream = mini.multi_domain("I")
     replay = Replay(Synthesis(synthetic=300), stream.context(), 32, "cpu")

@@ -1,4 +1,4 @@
-"""A method in one file outside the package: a small residual network beside the frozen towers, trained in a phase of its own."""
+"""A method in one file outside the package: a small residual network beside frozen towers, trained in a phase of its own."""
 
 from collections.abc import Iterator, Mapping
 
