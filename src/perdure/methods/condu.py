@@ -34,6 +34,7 @@ from torch import Tensor
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
 from perdure.core.weights import Lazy, Weights, check_alike
+from perdure.data.files import as_floats
 from perdure.data.task import Context, Query, Task
 from perdure.data.transforms import random_resized_crop
 from perdure.methods.base import METHODS, Expert, Method, Recipe, Row, State, register
@@ -159,7 +160,7 @@ class ConDU(Method):
         parts = task.train.pixels.split(256)
         if self.config.prototype_images == "augmented":
             draw = torch.Generator().manual_seed(derive(self.context.seed, task.name, "crops of the prototypes"))
-            parts = (random_resized_crop(x.float() / 255, clip.size, draw) for x in parts)
+            parts = (random_resized_crop(as_floats(x), clip.size, draw) for x in parts)
         features = torch.cat([clip.encode_image(x) for x in parts])
         means, sizes = class_means(features, task.train.labels.to(clip.device), len(task.classes))
         if empty := [c.name for c, size in zip(task.classes, sizes.tolist(), strict=True) if not size]:

@@ -45,8 +45,24 @@ class Generator:
         folder = Path(self.path)
         if not folder.is_dir():
             return hub_identity(self.path)
+        files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+        shown = [(p.relative_to(folder), p) for p in files if not hidden(p.relative_to(folder))]
+        return digest(json.dumps([(name.as_posix(), contents(p)) for name, p in shown]).encode())
+
+    @cached_property
+    def former(self) -> str:
+        """What earlier versions had for an identity: the configuration and the sizes of the weights, or a Hub id alone."""
+        folder = Path(self.path)
+        if not folder.is_dir():
+            return self.path
         files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-        return digest(json.dumps([(p.relative_to(folder).as_posix(), contents(p)) for p in files]).encode())
+        told = [(str(p.relative_to(folder)), p.read_text() if p.suffix == ".json" else p.stat().st_size) for p in files]
+        return digest(json.dumps(told).encode())
+
+    def release(self) -> None:
+        """Free the memory of the pipeline, until the next image is drawn."""
+        if vars(self).pop("pipeline", None) is not None and self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that are empty or that the text encoder would cut off."""
@@ -79,6 +95,11 @@ class Generator:
                 generator=generators, output_type="pt",
             ).images  # fmt: skip
         return (images.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu()[: len(asked)]
+
+
+def hidden(path: Path) -> bool:
+    """Whether a path is one that programs keep beside a model's files, as downloaders do."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def contents(path: Path) -> str:

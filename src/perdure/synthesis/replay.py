@@ -70,7 +70,9 @@ class Replay:
     def store(self) -> Store:
         """The store as it lies on disk now."""
         assert self.folder is not None
-        return Store(self.folder, {"kind": COLLECTED} if self.collected else self.made_for(), self.context.warn)
+        if self.collected:
+            return Store(self.folder, {"kind": COLLECTED}, self.context.warn)
+        return Store(self.folder, self.made_for(), self.context.warn, {"generator": self.generator.former})
 
     def made_for(self) -> dict[str, object]:
         """What must agree for a kept image to be the one that is wanted."""
@@ -110,21 +112,28 @@ class Replay:
         todo = [e.request for e in damaged] + store.missing(wanted)
         if not todo:
             return 0
-        size, done = self.generator.batch_size, len(wanted) - len(todo)
-        self.generator.check_prompts([r.prompt for r in todo])  # all of them, before any is drawn
-        store.folder.mkdir(parents=True, exist_ok=True)
-        with only_one(store.folder, self.context.warn):
-            store.open()
-            store.read_manifest()  # another process may have drawn some of it while this one waited
-            todo = [e.request for e in damaged] + store.missing(wanted)
-            for first in range(0, len(todo), size):
-                asked = todo[first : first + size]
-                store.add(list(self.generator.draw(asked)))
-                self.context.drawn(done + first + len(asked), len(wanted), len(asked))
+        try:
+            self.generator.check_prompts([r.prompt for r in todo])  # all of them, before any is drawn
+            store.folder.mkdir(parents=True, exist_ok=True)
+            with only_one(store.folder, self.context.warn):
+                store.open()
+                store.read_manifest()  # another process may have drawn some of it while this one waited
+                todo = [e.request for e in damaged] + store.missing(wanted)
+                self.fill(store, todo, len(wanted))
+        finally:
+            self.generator.release()
         black = store.black(wanted)
         if black:
             store.warn(f"{black} of {len(wanted)} images came back black and are left out.")
         return len(todo)
+
+    def fill(self, store: Store, todo: Sequence[Request], total: int) -> None:
+        """Draw ``todo`` into the store, a batch at a time."""
+        size, done = self.generator.batch_size, total - len(todo)
+        for first in range(0, len(todo), size):
+            asked = todo[first : first + size]
+            store.add(list(self.generator.draw(asked)))
+            self.context.drawn(done + first + len(asked), total, len(asked))
 
 
 def is_collected(folder: Path) -> bool:

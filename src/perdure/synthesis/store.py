@@ -62,11 +62,14 @@ class Store:
     """A folder of pairs that were drawn with certain settings for a certain stream.
 
     ``made_for`` is what must agree for its images to be the ones that are wanted; a folder made for anything else is refused,
-    naming what differs.
+    naming what differs. ``former``: what earlier versions noted in place of some of it, which is taken with a word.
     """
 
-    def __init__(self, folder: Path, made_for: Mapping[str, Any], warn: Callable[[str], None] = silent):
-        self.folder, self.made_for, self.warn = folder, dict(made_for), warn
+    def __init__(
+        self, folder: Path, made_for: Mapping[str, Any], warn: Callable[[str], None] = silent,
+        former: Mapping[str, Any] | None = None,
+    ):  # fmt: skip
+        self.folder, self.made_for, self.warn, self.former = folder, dict(made_for), warn, dict(former or {})
         self.entries: dict[Request, Entry] = {}
         about = folder / "store.json"
         if about.exists():
@@ -82,12 +85,17 @@ class Store:
         differs = [
             f"{key}: {kept.get(key)!r}, wanted {value!r}"
             for key, value in self.made_for.items()
-            if kept.get(key) != value
+            if kept.get(key) not in (value, self.former.get(key, value))
         ]
         if differs:
             raise PerdureError(
                 f"The pairs in {self.folder} were made for something else ({'; '.join(differs)}). "
                 "Choose another folder with pairs=DIR, or delete this one."
+            )
+        if old := [key for key in self.former if kept.get(key) != self.made_for[key]]:
+            self.warn(
+                f"The pairs in {self.folder} are an earlier version's, which noted less of their {old[0]} than is known now; "
+                "it is taken for the same."
             )
 
     def read_manifest(self) -> None:
@@ -109,6 +117,8 @@ class Store:
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         if not (self.folder / "store.json").exists():
             write_json(self.folder / "store.json", self.made_for)
+        else:
+            self.agree(read_json(self.folder / "store.json"))  # another process may have made it since
         manifest = self.folder / "manifest.jsonl"
         if manifest.exists():
             whole = manifest.read_bytes().rpartition(b"\n")
