@@ -28,11 +28,11 @@ def imported(path: Path) -> list[str]:
 
 def violations(path: Path, root: Path = SRC) -> list[str]:
     here = path.relative_to(root).parts[0]
-    floor = FLOORS.get(here, 6)
+    floor = FLOORS.get(here, 7)
     wrong = []
     for name in imported(path):
         there = name.split(".")[0]
-        upward = FLOORS.get(there, 6) > floor
+        upward = FLOORS.get(there, 7) > floor
         beside = there in FLOORS and FLOORS[there] == floor and there != here
         method = here == there == "methods" and path.stem != "__init__" and not name.startswith("methods.base")
         engine = here == "engine" and there == "methods" and not name.startswith("methods.base")
