@@ -1,11 +1,10 @@
-"""The charts of the page: the course of every task, of the means and of the probe, and the training losses."""
+"""The charts of the page: the course of every task, of the means, of the probe and of the modality gap."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,7 +14,6 @@ from perdure.report.entries import Entry, Interval, Value, at, mapping, number, 
 from perdure.report.entries import courses as entry_courses
 
 SMALL, MEDIUM = (200, 132), (360, 200)  # width and height in SVG units
-MOST_POINTS = 150  # a task and loss term; more cannot be seen and would only make the page heavy
 
 
 @dataclass(frozen=True)
@@ -25,15 +23,6 @@ class Chart:
     svg: str
     title: str
     number: str = ""
-
-
-@dataclass(frozen=True)
-class Term:
-    """One term of the loss: its name, the name of its colour, and its line as CSS and matplotlib both call it."""
-
-    name: str
-    colour: str
-    line: str
 
 
 @dataclass(frozen=True)
@@ -217,53 +206,6 @@ def _gap_chart(name: str, title: str, unit: str, lines: list[Line]) -> Chart:
     ends = [(line.entry.label, _known(line)) for line in lines]
     words = "; ".join(f"{label} from {values[0]:.2f} to {values[-1]:.2f}" for label, values in ends if values)
     return board.chart(title, f"{title} over the tasks: {words}.")
-
-
-def losses(entries: list[Entry]) -> list[tuple[Chart, list[Term]]]:
-    """One chart a run that recorded losses, tasks side by side, with its terms for the key beneath."""
-    with svg.settings():
-        charts = [_losses(entry) for entry in entries]
-    return [chart for chart in charts if chart is not None]
-
-
-def _losses(entry: Entry) -> tuple[Chart, list[Term]] | None:
-    recorded = [(task, mapping(terms)) for task, terms in mapping(entry.run.get("losses")).items()]
-    names = dict.fromkeys(name for _, terms in recorded for name in terms if name != "step" and _points(terms, name))
-    if not names:
-        return None
-    terms = [Term(name, f"series-{i % 8}", ("solid", "dashed", "dotted")[i % 3]) for i, name in enumerate(names)]
-    board, ends = Board(f"loss-{entry.index}", MEDIUM), [0.0]
-    for _, found in recorded:
-        widths = [_curve(board.axes, _points(found, term.name), term, ends[-1]) for term in terms]
-        ends.append(ends[-1] + max(widths))
-    board.upright(ends)
-    places = {task: str(place + 1) for place, task in enumerate(entry.tasks) if entry.method != "joint"}
-    numbers = [places.get(task, "all" if entry.method == "joint" else task) for task, _ in recorded]
-    board.axes.set_xticks([(a + b) / 2 for a, b in pairwise(ends)], numbers)
-    board.axes.set_xlim(0, ends[-1])
-    board.axes.set_ylim(bottom=min(0.0, board.axes.get_ylim()[0]))
-    board.axes.locator_params(axis="y", nbins=5)
-    label = f"Training loss of {entry.label} over the steps of each task; terms: {', '.join(names)}."
-    return board.chart(entry.label, label), terms
-
-
-def _curve(axes: Axes, points: list[tuple[float, float]], term: Term, start: float) -> float:
-    # Returns how wide the task is on the axis of steps, at least one step.
-    if points:
-        heights = [height for _, height in points]
-        steps = [start + step for step, _ in points]
-        axes.plot(steps, heights, color=svg.colour(term.colour), linestyle=term.line, linewidth=1.3)
-    return max([1.0, *(step for step, _ in points)])
-
-
-def _points(terms: dict[str, object], name: str) -> list[tuple[float, float]]:
-    found, steps = terms.get(name), terms.get("step")
-    if not isinstance(found, list):
-        return []
-    pairs = [(at(steps, i) if isinstance(steps, list) else i, value) for i, value in enumerate(found)]
-    points = [(number(step), number(value)) for step, value in pairs]
-    known = [(step, value) for step, value in points if step is not None and value is not None]
-    return known[:: max(1, math.ceil(len(known) / MOST_POINTS))]
 
 
 def swatch(entry: Entry) -> str:

@@ -10,15 +10,22 @@ from typing import Any
 
 from perdure.report.palette import Style, style
 
+MANY = 16  # tasks; of more, no eye follows every number or chart
 Run = dict[str, Any]
 Value = float | None
 Interval = tuple[float, float] | None
 
-# The methods that are no contestants, what they are, and why.
+# What a method that is no contestant is called, and why it is none, by its reference and scope.
 REFERENCES = {
-    "zero_shot": ("lower reference", "Learns nothing: what the model could do from the start."),
-    "joint": ("upper bound", "Learns all tasks at once, which a stream does not allow: what could be reached."),
-    "individual": ("upper bound", "Learns every task alone, from the start: one expert a task, and nothing to forget."),
+    ("lower", "task"): ("lower reference", "Learns nothing: what the model could do from the start."),
+    ("upper", "stream"): (
+        "upper bound",
+        "Learns all tasks at once, which a stream does not allow: what could be reached.",
+    ),
+    ("upper", "task"): (
+        "upper bound",
+        "Learns every task alone, from the start: one expert a task, and nothing to forget.",
+    ),
 }
 
 
@@ -32,6 +39,7 @@ class Entry:
     seeds: str
     label: str
     reference: str
+    why: str
     tasks: list[str]
     accuracy: list[list[Value]]
     style: Style
@@ -61,7 +69,12 @@ class Entry:
     def unfinished(self) -> str:
         """How far the run has come, in words, if its tasks are not all learned yet; else empty."""
         done, whole = len(self.accuracy) - 1, len(self.tasks)
-        return "" if done >= whole or self.method == "joint" else f"unfinished: {done} of {whole} tasks"
+        return "" if done >= whole or self.at_once else f"unfinished: {done} of {whole} tasks"
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all tasks were learned at once, before the first row."""
+        return self.run.get("scope") == "stream"
 
     def stage(self, row: int) -> str:
         """What had been learned at a row of the matrix, in words: `before`, `after 2 digits`."""
@@ -69,15 +82,15 @@ class Entry:
 
     def newest(self, row: int) -> str:
         """What was learned last at a row of the matrix, from 1 on: `2 digits`."""
-        if self.method == "joint":
+        if self.at_once:
             return "all tasks" if len(self.accuracy) <= 2 else f"all, row {row}"
         return f"{row} {self.tasks[row - 1]}"
 
     def state(self, row: int, column: int) -> str:
         """`unseen`, `now` (the task just learned) or `learned`, of a cell of the matrix."""
-        if row == 0 or self.method == "zero_shot":
+        if row == 0 or self.run.get("learns") is False:
             return "unseen"
-        if self.method == "joint" or column + 1 < row:
+        if self.at_once or column + 1 < row:
             return "learned"
         return "now" if column + 1 == row else "unseen"
 
@@ -126,11 +139,10 @@ def collect(runs: list[Run]) -> list[Entry]:
     places: Counter[bool] = Counter()
     entries = []
     for index, (run, method, (tasks, accuracy)) in enumerate(zip(runs, methods, matrices, strict=True)):
-        known = method in REFERENCES
-        look = style(places[known], known)
-        places[known] += 1
-        reference = REFERENCES[method][0] if known else ""
-        entries.append(Entry(index, run, method, _seeds(run), labels[index], reference, tasks, accuracy, look))
+        reference, why = REFERENCES.get((str(run.get("reference")), str(run.get("scope"))), ("", ""))
+        look = style(places[bool(reference)], bool(reference))
+        places[bool(reference)] += 1
+        entries.append(Entry(index, run, method, _seeds(run), labels[index], reference, why, tasks, accuracy, look))
     return entries
 
 

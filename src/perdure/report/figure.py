@@ -12,7 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
-from perdure.report.entries import Entry, Run, Value, collect, courses, span
+from perdure.report.entries import MANY, Entry, Run, Value, collect, courses, span
 from perdure.report.palette import LIGHT_SCALE, ink, light, shade
 
 WIDTH, DPI = 10.0, 160  # inches and dots an inch: 1600 px wide
@@ -41,13 +41,15 @@ def draw(runs: list[Run], path: Path) -> Path:
         _matrices(parts[0, 0], shown, rows, columns)
         _courses(parts[1, 0], entries)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", metadata={"Software": None})
+        figure.savefig(path, format="png", metadata={"Software": "perdure"})
     return path
 
 
 def _matrix_height(shown: list[Entry], columns: int) -> float:
     # Names too long for their column stand upright, and need room above the cells.
     most = max(len(entry.accuracy) for entry in shown)
+    if most > MANY + 1:
+        return 4.6
     longest = max(len(task) for entry in shown for task in entry.tasks)
     names = 0.085 * longest if _upright(shown, columns) else 0.15
     return 0.55 + names + most * (0.27 if columns == 2 else 0.3)
@@ -59,15 +61,17 @@ def _upright(shown: list[Entry], columns: int) -> bool:
 
 def _matrices(figure: SubFigure, shown: list[Entry], rows: int, columns: int) -> None:
     grid = figure.subplots(rows, columns, squeeze=False)
-    upright = _upright(shown, columns)
+    upright, numbered = _upright(shown, columns), any(len(entry.tasks) > MANY for entry in shown)
     for place, axes in enumerate(grid.flat):
         if place >= len(shown):
             axes.set_axis_off()
             continue
         _matrix(axes, shown[place], upright)
     figure.supxlabel(
-        "Accuracy in %. Rows: stages of the stream; columns: tasks. Outlined: the task just learned; "
-        "hatched: not learned yet.",
+        "Accuracy in %. Rows: stages of the stream; columns: tasks. "
+        + (
+            "Dots: the task just learned." if numbered else "Outlined: the task just learned; hatched: not learned yet."
+        ),
         fontsize=8.5,
         color=QUIET,
     )
@@ -77,15 +81,28 @@ def _matrix(axes: Axes, entry: Entry, upright: bool) -> None:
     colours = LinearSegmentedColormap.from_list("accuracy", LIGHT_SCALE).with_extremes(bad=EMPTY)
     values = [[math.nan if value is None else value for value in row] for row in entry.accuracy]
     axes.imshow(values, cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
-    for row, line in enumerate(entry.accuracy):
-        for column, value in enumerate(line):
-            _cell(axes, entry, (row, column), value)
-    axes.set_xticks(range(len(entry.tasks)), entry.tasks, rotation=90 if upright else 0)
-    axes.set_yticks(range(len(values)), [entry.stage(row) for row in range(len(values))])
+    if len(entry.tasks) > MANY:
+        _numbered(axes, entry)
+    else:
+        for row, line in enumerate(entry.accuracy):
+            for column, value in enumerate(line):
+                _cell(axes, entry, (row, column), value)
+        axes.set_xticks(range(len(entry.tasks)), entry.tasks, rotation=90 if upright else 0)
+        axes.set_yticks(range(len(values)), [entry.stage(row) for row in range(len(values))])
     axes.tick_params(length=0, labelsize=7.2, labelcolor=QUIET, top=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     note = f"  ({entry.reference})" if entry.reference else ""
     axes.set_title(f"{entry.label}{note}", loc="left", fontsize=10.5, fontweight="bold")
+
+
+def _numbered(axes: Axes, entry: Entry) -> None:
+    # Of many tasks the colours alone can be read: the tasks go by their numbers, and a line runs along those just learned.
+    step = max(1, math.ceil(len(entry.tasks) / 12))
+    places = range(step - 1, len(entry.tasks), step)
+    axes.set_xticks(places, [str(place + 1) for place in places])
+    axes.set_yticks([0, *(place + 1 for place in places)], ["before", *(f"after {place + 1}" for place in places)])
+    now = [row for row in range(1, len(entry.accuracy)) if entry.state(row, row - 1) == "now"]
+    axes.plot([row - 1 for row in now], now, ".", color=INK, markersize=2)
 
 
 def _cell(axes: Axes, entry: Entry, place: tuple[int, int], value: Value) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import jinja2
 
-from perdure.report import charts, configuration, palette, tables
-from perdure.report.entries import REFERENCES, Entry, Run, collect, comparable, mean, same_order
+from perdure.report import charts, configuration, losses, palette, tables
+from perdure.report.entries import MANY, Entry, Run, collect, comparable, mean, same_order
 
 COST = ("seconds", "peak_memory_mb")
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -35,8 +35,16 @@ def write(runs: list[Run], path: Path) -> Path:
     return path
 
 
+def is_own(path: Path) -> bool:
+    """Whether a page or a picture is one that perdure wrote, and may write anew."""
+    marks = (b'<meta name="generator" content="perdure">', b"tEXtSoftware\0perdure", b"A perdure report on")
+    start = path.read_bytes()[: 1 << 20]
+    return any(mark in start for mark in marks)
+
+
 def _context(entries: list[Entry]) -> dict[str, Any]:
     columns, rows = tables.metrics(entries)
+    many = max(len(entry.tasks) for entry in entries) > MANY
     streams = list(dict.fromkeys(str(entry.run.get("stream") or "unnamed stream") for entry in entries))
     return {
         "entries": entries,
@@ -51,17 +59,17 @@ def _context(entries: list[Entry]) -> dict[str, Any]:
         "matrices": [tables.matrix(entry) for entry in entries],
         "scale": tables.scale(),
         "swatches": [(entry, charts.swatch(entry)) for entry in entries],
-        "tasks": charts.tasks(entries),
+        "many": many,
+        "tasks": [] if many else charts.tasks(entries),
         "courses": charts.courses(entries),
         "gaps": charts.gaps(entries),
-        "losses": charts.losses(entries),
+        "losses": losses.losses(entries),
         "cost": _cost(entries),
         "settings": configuration.table(entries),
         "protocol": configuration.protocol(entries),
         "notes": configuration.notes(entries),
         "same_order": same_order(entries),
         "palette": palette,
-        "references": REFERENCES,
     }
 
 
