@@ -52,7 +52,7 @@ def test_lora_changes_nothing_but_adapters(short_run: Run) -> None:
     m = short_run("finetune_lora", lora_rank=2, lora_layers=["k_proj", "v_proj"], lr=5e-3)
     saved = weights(m["folder"], 3)
     assert saved and all("lora_" in name for name in saved)
-    assert m["accuracy"][3] != m["accuracy"][0]
+    assert any(saved[name].any() for name in saved if ".lora_B." in name)
 
 
 def test_wise_ft_between_its_ends(short_run: Run) -> None:

@@ -1,0 +1,83 @@
+"""Runs of every kind of setting that are broken off and gone on with: the same bits; and all classes competing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SHORT, same_bits
+from safetensors.torch import load_file
+
+import perdure
+from perdure import launch
+from perdure.engine.watcher import Watcher
+
+
+class Enough(Watcher):
+    """Breaks a run off while its second task is being learned."""
+
+    def __init__(self) -> None:
+        self.task = 0
+
+    def learns(self, task: str, number: int) -> None:
+        self.task = number
+
+    def step(self, *heard: Any) -> None:
+        if self.task == 2:
+            raise KeyboardInterrupt
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What must not depend on interruptions."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    changing = ("seconds", "seconds_by_task", "peak_memory_mb", "environment")
+    return {key: value for key, value in metrics.items() if key not in changing}
+
+
+def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
+    """The folders of a run that was left alone, and of the same one broken off in its second task and gone on with."""
+    whole, broken = folder / "whole", folder / "broken"
+    asked = {**SHORT, "tasks": 2, "images": 24, "batch_size": 8, **values}
+    perdure.run(method, "mini-mtil", whole, **asked)
+    with pytest.raises(KeyboardInterrupt):
+        perdure.run(method, "mini-mtil", broken, watcher=Enough(), **asked)
+    assert len(list(broken.glob("task_*"))) == 2 and not json.loads((broken / "metrics.json").read_text())["finished"]
+    launch.resume(broken)
+    return whole, broken
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("finetune", {"precision": "bf16"}),
+        ("condu+mg_clip", {"precision": "bf16"}),
+        ("mg_clip", {"precision": "bf16", "iterations": 0, "warmup": 0, "most_epochs": 2, "freeze_A": True}),
+        ("finetune", {"shots": 2}),
+    ],
+)
+def test_broken_off_and_gone_on_with_ends_with_the_same_bits(
+    method: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    whole, broken = broken_off(method, tmp_path, **values)
+    assert outcome(whole) == outcome(broken)
+    files = sorted(p.relative_to(whole) for p in whole.rglob("*.safetensors"))
+    assert files and files == sorted(p.relative_to(broken) for p in broken.rglob("*.safetensors"))
+    for file in files:
+        assert same_bits(load_file(whole / file), load_file(broken / file)), file
+    precision = json.loads((broken / "config.json").read_text())["settings"]["precision"]
+    assert precision == values.get("precision", "fp32")
+
+
+@pytest.mark.slow
+def test_when_all_classes_compete_less_is_right_and_never_more(tmp_path: Path) -> None:
+    """``labels=all`` from the command's options to the figures: each image is asked among the classes of all tasks."""
+    asked = {**SHORT, "tasks": 2, "images": 24, "batch_size": 8, "iterations": 2}
+    own = perdure.run("finetune", "mini-mtil", tmp_path / "task", labels="task", **asked)
+    every = perdure.run("finetune", "mini-mtil", tmp_path / "all", labels="all", **asked)
+    assert every["protocol"]["labels"] == "all" and own["protocol"]["labels"] == "task"
+    assert own["losses"] == every["losses"]  # training asks among the task's classes all the same
+    pairs = [(a, b) for x, y in zip(every["accuracy"], own["accuracy"], strict=True) for a, b in zip(x, y, strict=True)]
+    assert all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
