@@ -8,8 +8,11 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from perdure.engine.watcher import Watcher
@@ -20,26 +23,48 @@ def shade(value: float) -> str:
     return "red" if value < 35 else "yellow" if value < 60 else "green" if value < 85 else "bold green"
 
 
-def matrix(tasks: Sequence[str], rows: Sequence[Sequence[float]], probe: Sequence[float], title: str) -> Table:
-    """The accuracy matrix so far; the diagonal, the task just learned, in brackets."""
+def matrix(
+    tasks: Sequence[str], rows: Sequence[Sequence[float]], probe: Sequence[float], title: str, width: int = 0
+) -> Table:
+    """The accuracy matrix so far; the diagonal, the task just learned, in brackets. ``width``: of the terminal, in columns
+    (0: any); of more tasks than fit, the last ones learned are shown, and how many are left out is said."""
+    shown = fitting(tasks, len(rows) - 1, width)
+    left = len(tasks) - len(shown)
     table = Table(
-        title=title,
+        title=escape(title),
         title_justify="left",
         caption_justify="left",
-        caption="\\[x]: just learned; left of it: learned before",
+        caption="\\[x]: just learned; left of it: learned before"
+        + (f". {left} of {len(tasks)} tasks are not shown; the report has all" if left else ""),
         box=None,
     )
-    table.add_column("after", style="bold")
-    for name in tasks:
-        table.add_column(name, justify="right")
+    table.add_column("after", style="bold", overflow="fold")
+    for j in shown:
+        table.add_column(escape(tasks[j]), justify="right", overflow="fold")
     table.add_column("probe", justify="right", style="dim")
     for i, row in enumerate(rows):
         cells = []
-        for j, value in enumerate(row):
-            text = f"\\[{value:.1f}]" if j == i - 1 else f"{value:.1f} "
-            cells.append(f"[{shade(value)}]{text}[/]")
-        table.add_row(tasks[i - 1] if i else "(before)", *cells, f"{probe[i]:.1f}" if i < len(probe) else "")
+        for j in shown:
+            text = f"\\[{row[j]:.1f}]" if j == i - 1 else f"{row[j]:.1f} "
+            cells.append(f"[{shade(row[j])}]{text}[/]")
+        name = escape(tasks[i - 1]) if i else "(before)"
+        table.add_row(name, *cells, f"{probe[i]:.1f}" if i < len(probe) else "")
     return table
+
+
+def fitting(tasks: Sequence[str], newest: int, width: int) -> list[int]:
+    """The numbers of the tasks whose columns fit, the one just learned (``newest``, from 1) the last where not all do."""
+    room = width - min(max(map(len, tasks)), 20) - 2 - 7
+    sizes = [max(7, min(len(name), 20)) + 2 for name in tasks]
+    if not width or sum(sizes) <= room:
+        return list(range(len(tasks)))
+    last = min(max(newest, 1), len(tasks))
+    first = last - 1
+    while first > 0 and sum(sizes[first - 1 : last]) <= room:
+        first -= 1
+    while last < len(tasks) and sum(sizes[first : last + 1]) <= room:
+        last += 1
+    return list(range(first, last))
 
 
 class Screen(Watcher):
@@ -69,7 +94,7 @@ class Screen(Watcher):
             self.console.print(self.table())
 
     def table(self) -> Table:
-        return matrix(self.tasks, self.rows, self.probe, self.title)
+        return matrix(self.tasks, self.rows, self.probe, self.title, self.console.width)
 
     def drawing(self) -> RenderableType:
         return Group(self.table(), self.bar) if self.tasks else self.bar
@@ -78,11 +103,11 @@ class Screen(Watcher):
         self.tasks, self.rows, self.probe = tasks, rows, probe
         if rows:
             onward = "going on" if len(rows) <= len(tasks) else "nothing is left to do"
-            self.console.print(f"{self.title}: {len(rows) - 1} of {len(tasks)} tasks were learned before; {onward}.")
+            self.say(f"{self.title}: {len(rows) - 1} of {len(tasks)} tasks were learned before; {onward}.")
 
     def learns(self, task: str, number: int) -> None:
         what = f"task {number}/{len(self.tasks)}: {task}" if number else "before any task"
-        self.bar.update(self.current, description=f"{self.title} · {what}", total=None, completed=0, note="")
+        self.bar.update(self.current, description=escape(f"{self.title} · {what}"), total=None, completed=0, note="")
         self.began = time.monotonic()
 
     def step(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
@@ -90,7 +115,7 @@ class Screen(Watcher):
         if now - self.drawn > 0.2 or step == total:
             self.drawn = now
             note = " ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
-            self.bar.update(self.current, total=total, completed=step, note=f"loss: {note}")
+            self.bar.update(self.current, total=total, completed=step, note=escape(f"loss: {note}"))
 
     def draws(self, done: int, total: int, new: int) -> None:
         self.bar.update(self.current, total=total, completed=done, note="synthetic images")
@@ -107,41 +132,73 @@ class Screen(Watcher):
             name = self.tasks[number - 1] if number else "before any task"
             mean = sum(accuracy) / len(accuracy)
             own = f"{accuracy[number - 1]:.1f} % there, " if number else ""
-            self.console.print(
+            self.say(
                 f"{self.title} · {number}/{len(self.tasks)} {name}: {own}{mean:.1f} % over all tasks "
                 f"({time.monotonic() - self.began:.0f} s)"
             )
+
+    def say(self, text: str) -> None:
+        """A line as it is, whatever brackets names hold."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         self.console.print(f"Warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def summary(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a run: the figures that papers print."""
-    table = Table(title="Accuracy in per cent, with 95 % bootstrap intervals", title_justify="left")
-    table.add_column("method")
+COLUMNS = ("transfer", "average", "last", "forgetting")
+INCREMENTAL = ("incremental_average", "incremental_last")
+
+
+def summary(runs: Sequence[Mapping[str, Any]], console: Console) -> RenderableType:
+    """The figures that papers print, a row a run: with intervals where there is room, else without, else a block a run."""
+    columns = [*COLUMNS, *(INCREMENTAL if any(r.get(INCREMENTAL[0]) is not None for r in runs) else ())]
+    for intervals in (True, False):
+        table = figures(runs, columns, intervals)
+        if Measurement.get(console, console.options, table).maximum <= console.width:
+            return table
+    return Group(*(block(run, columns) for run in runs))
+
+
+def figures(runs: Sequence[Mapping[str, Any]], columns: Sequence[str], intervals: bool) -> Table:
+    """One row a run."""
+    table = Table(
+        title=f"Accuracy in per cent{', with 95 % bootstrap intervals' if intervals else ''}", title_justify="left"
+    )
+    table.add_column("method", no_wrap=True)
     streams = {r["stream"] for r in runs}
     if len(streams) > 1:
-        table.add_column("stream")
-    columns = ["transfer", "average", "last", "forgetting"]
-    if any(r.get("incremental_average") is not None for r in runs):
-        columns += ["incremental_average", "incremental_last"]
+        table.add_column("stream", no_wrap=True)
     for name in columns:
-        table.add_column(name.replace("_", " ").capitalize(), justify="right")
-    table.add_column("Probe before → after", justify="right")
+        table.add_column(name.replace("_", " ").capitalize(), justify="right", no_wrap=intervals)
+    table.add_column("Probe before → after", justify="right", no_wrap=True)
     table.add_column("Seconds", justify="right")
     for r in runs:
-        cells = [figure(r, name) for name in columns]
-        probe = f"{r['probe'][0]:.1f} → {r['probe'][-1]:.1f}" if r.get("probe") else "–"
-        seeds = f" ({len(r['seed'])} seeds)" if isinstance(r["seed"], list) else ""
-        where = [r["stream"]] if len(streams) > 1 else []
-        table.add_row(r["method"] + seeds, *where, *cells, probe, f"{r['seconds']:.0f}")
+        where = [escape(r["stream"])] if len(streams) > 1 else []
+        cells = [figure(r, name, intervals) for name in columns]
+        table.add_row(named(r), *where, *cells, probe_of(r), f"{r['seconds']:.0f}")
     return table
 
 
-def figure(run: Mapping[str, Any], name: str) -> str:
-    """``61.3 [dim]59.8–62.9[/]``, or a dash where the figure means nothing."""
+def block(run: Mapping[str, Any], columns: Sequence[str]) -> Text:
+    """A run's figures, a line each, where the terminal is too narrow for a table."""
+    lines = [f"{name.replace('_', ' ').capitalize()}: {figure(run, name, True)}" for name in columns]
+    head = f"[bold]{named(run)}[/] on {escape(run['stream'])}"
+    return Text.from_markup("\n  ".join([head, *lines, f"Probe: {probe_of(run)}", f"Seconds: {run['seconds']:.0f}"]))
+
+
+def named(run: Mapping[str, Any]) -> str:
+    """The method, and of how many seeds."""
+    seeds = f" ({len(run['seed'])} seeds)" if isinstance(run["seed"], list) else ""
+    return escape(run["method"] + seeds)
+
+
+def probe_of(run: Mapping[str, Any]) -> str:
+    return f"{run['probe'][0]:.1f} → {run['probe'][-1]:.1f}" if run.get("probe") else "–"
+
+
+def figure(run: Mapping[str, Any], name: str, intervals: bool = True) -> str:
+    """``61.3 [dim]59.8 to 62.9[/]``, or a dash where the figure means nothing."""
     value, interval = run.get(name), run.get("intervals", {}).get(name)
     if value is None:
         return "–"
-    return f"{value:.1f}" + (f" [dim]{interval[0]:.1f} to {interval[1]:.1f}[/]" if interval else "")
+    return f"{value:.1f}" + (f" [dim]{interval[0]:.1f} to {interval[1]:.1f}[/]" if interval and intervals else "")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, get_type_hints
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -29,11 +31,16 @@ class Option:
 
     @property
     def kind(self) -> str:
-        """The type in words: ``float``, ``full | lora``."""
-        base = getattr(self.annotation, "__origin__", self.annotation)
-        if hasattr(base, "__args__") and not isinstance(base, type):  # a Literal or a union
-            return " | ".join(str(getattr(a, "__name__", a)) for a in base.__args__)
-        return str(getattr(base, "__name__", base)).replace("typing.", "")
+        """The type in words: ``number``, ``full | lora``, ``list of words``."""
+        return in_words(self.annotation)
+
+    @property
+    def shown(self) -> str:
+        """The default as it would be typed: ``0.2``, ``[q_proj, k_proj]``, ``none``."""
+        value = list(self.default) if isinstance(self.default, tuple) else self.default
+        if value is None or value == "":
+            return "none" if value is None else ""
+        return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n").removesuffix("\n...")
 
     def parse(self, value: Any) -> Any:
         """The checked value; text is read as the field's type. Raises ``ValueError`` with one line for a person."""
@@ -47,6 +54,30 @@ class Option:
             except ValueError as error:
                 complaint = complaint or str(error)
         raise ValueError(complaint)
+
+
+PLAIN = {int: "whole number", float: "number", str: "text", bool: "yes or no", type(None): "none", Path: "path"}
+
+
+def in_words(kind: Any) -> str:
+    """A type as people say it. ``TypeError`` for one that has no words yet."""
+    base, arguments = get_origin(kind), get_args(kind)
+    if base is Annotated:
+        title = next((m.title for m in kind.__metadata__ if isinstance(m, FieldInfo) and m.title), None)
+        return title or in_words(arguments[0])
+    if base is Literal:
+        return " | ".join(map(str, arguments))
+    if base in (Union, UnionType):
+        return " or ".join(map(in_words, arguments))
+    if base in (tuple, list):
+        inside = in_words(arguments[0])
+        return f"list of {'words' if inside == 'text' else inside + 's'}"
+    if base is dict:
+        key = in_words(arguments[0])
+        return f"{in_words(arguments[1])} by {'name' if key == 'text' else key}"
+    if kind in PLAIN:
+        return PLAIN[kind]
+    raise TypeError(f"an option of the type {kind} cannot be set in words")
 
 
 def finite(value: Any) -> Any:
@@ -110,7 +141,7 @@ def resolve(known: Mapping[str, Option], *layers: Mapping[str, Any], complaints:
             try:
                 values[key] = known[key].parse(value)
             except ValueError as error:
-                wrong.append(f"{key}={value}: {error} ({known[key].kind}; default {known[key].default}).")
+                wrong.append(f"{key}={value}: {error} ({known[key].kind}; default {known[key].shown}).")
     if wrong:
         raise PerdureError("\n".join([*wrong, f"Keys: {', '.join(sorted(known))}."]))
     return values

@@ -31,6 +31,7 @@ from perdure.training.fit import Backward, Learner, Losses, Stepper, optimise
 from perdure.training.schedule import Schedule
 
 Rate = Annotated[float, Field(ge=0)]
+TaskName = Annotated[str, Field(title="task name")]
 Trainer = Callable[[Stepper, Schedule, Iterator[Batch], str], Losses]
 LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
@@ -40,8 +41,8 @@ class Recipe:
     """How a task is trained. The defaults are the published recipe of ZSCL, GIFT and ConDU for CLIP ViT-B/16."""
 
     lr: Annotated[float, Field(ge=0, description="peak learning rate")] = 1e-5
-    lr_by_task: Annotated[dict[str, Rate], Field(description="learning rates of single tasks, by task name")] = field(
-        default_factory=dict
+    lr_by_task: Annotated[dict[TaskName, Rate], Field(description="learning rates of single tasks, by task name")] = (
+        field(default_factory=dict)
     )
     iterations: Annotated[int, Field(ge=0, le=10**9, description="optimiser steps a task")] = 1000
     epochs: Annotated[

@@ -1,0 +1,76 @@
+"""The command line: ``perdure run``, ``resume``, ``generate``, ``methods``, ``streams``, ``report``, ``export``, ``demo``."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from perdure import __version__
+from perdure.cli import lists, results, runs
+from perdure.core.errors import PerdureError
+from perdure.terminal import plain_characters, plain_warnings
+
+# What typer raises for wrong words, whether it stands on click or brings it: BadParameter, UsageError, ClickException.
+Usage: Any = typer.BadParameter.__mro__[1]
+Clicked: Any = typer.BadParameter.__mro__[2]
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Vision-language models that learn task after task and keep what they knew.",
+)  # fmt: skip
+for command in (
+    runs.run, runs.resume, lists.methods, lists.streams, results.generate, results.report, results.export, runs.demo,
+):  # fmt: skip
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    context: typer.Context, show: Annotated[bool, typer.Option("--version", help="Show the version.")] = False
+) -> None:
+    if show:
+        typer.echo(f"perdure {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """What a user can put right ends with one message and exit code 2, not with a traceback."""
+    try:
+        yield
+    except PerdureError as error:
+        message = str(error)
+    except Clicked as error:
+        message = error.format_message()
+        if isinstance(error, Usage) and error.ctx is not None:
+            message = f"{message.rstrip('.')}. See: {error.ctx.command_path} --help."
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        where = f": {error.filename}" if error.filename else ""
+        message = f"{error.strerror or error}{where}."
+        if full:
+            message += (
+                " What was finished is kept. Make room, then go on: perdure resume RUN, or the same perdure generate."
+            )
+    else:
+        return
+    print(f"Error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def main() -> None:
+    """The entry point of the command ``perdure``."""
+    plain_characters()
+    plain_warnings()
+    with plainly():
+        try:
+            code = app(standalone_mode=False)
+        except (typer.Abort, KeyboardInterrupt):
+            code = 130
+    raise SystemExit(code or 0)

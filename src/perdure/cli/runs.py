@@ -1,0 +1,130 @@
+"""Commands that run: ``run``, ``resume``, ``demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perdure.cli.results import finish, read_metrics
+from perdure.core.errors import PerdureError
+from perdure.terminal import console
+
+Out = Annotated[Path | None, typer.Option(help="Folder of the run.")]
+
+
+def run(
+    assignments: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options; see 'perdure methods NAME'.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="What learns: a name (see 'perdure methods') or a Python file.")] = "",
+    stream: Annotated[str, typer.Option(help="What is learned: a name (see 'perdure streams') or a Python file.")] = "",
+    preset: Annotated[str | None, typer.Option(help="A published setting by name, or a YAML file.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The (first) seed.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, each a run in OUT/seed_N.")] = 1,
+    out: Out = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that OUT holds.")] = False,
+    go_on: Annotated[bool, typer.Option("--resume", help="Go on with this very run, if OUT holds it.")] = False,
+) -> None:
+    """Learn the tasks of a stream one after another, and measure what was won and lost."""
+    from perdure import launch
+    from perdure.launch.sources import find_stream
+
+    settings = launch.read_preset(preset) if preset else {}
+    method, stream = method or str(settings.get("method", "")), stream or str(settings.get("stream", ""))
+    missing = [f"--{k}" for k, v in (("method", method), ("stream", stream)) if not v]
+    if missing:
+        hint = meant([a for a in assignments or [] if "=" not in a]) or "See: perdure methods, perdure streams."
+        raise PerdureError(f"{' and '.join(missing)} missing. {hint}")
+    names = f"{launch.method_entry(method).name}-{find_stream(stream)[1]}"
+    folder = (out or Path("runs") / f"{names}-{seed if seeds == 1 else f'{seeds}-seeds'}").expanduser()
+    launch.begin(
+        method, stream, folder, seed=seed, seeds=seeds, overwrite=overwrite, preset=preset,
+        assignments=assignments or [], go_on=go_on,
+    )  # fmt: skip
+    resume(folder)
+
+
+def meant(words: list[str]) -> str:
+    """What somebody meant who wrote names without their options; empty: nothing that is known."""
+    from perdure import launch
+
+    methods, streams = ({e.name for e in known} for known in (launch.methods(), launch.STREAMS))
+    kinds = [(f"--{'stream' if word in streams else 'method'}", word) for word in words if word in streams | methods]
+    return f"Did you mean: perdure run {' '.join(f'{kind} {word}' for kind, word in kinds)}" if kinds else ""
+
+
+def resume(
+    run: Annotated[Path | None, typer.Argument(help="Folder of the run; none: list those in runs.")] = None,
+) -> None:
+    """Go on with a run that was stopped, after its last good task."""
+    from perdure import launch
+    from perdure.core.state import write_json
+
+    if run is None:
+        list_runs(Path("runs"))
+        return
+    run = run.expanduser()
+    several = launch.seed_folders(run)
+    for one in several or [run]:
+        watched(one)
+    if several:
+        write_json(run / "metrics.json", launch.over_seeds([read_metrics(one) for one in several]))
+    finish([run])
+
+
+def list_runs(base: Path) -> None:
+    """The runs in a folder, how far each has come, and what to type."""
+    from perdure import launch
+
+    found = sorted({p.parent for name in ("config.json", "seeds.json") for p in base.glob(f"*/{name}")})
+    if not found:
+        raise PerdureError(f"There are no runs in {base.resolve()}. Give the folder of a run: perdure resume RUN")
+    for folder in found:
+        parts = launch.seed_folders(folder) or [folder]
+        done = all(launch.is_finished(part) for part in parts)
+        tasks = sum(len(list(part.glob("task_*"))) - 1 for part in parts if any(part.glob("task_*")))
+        state = "finished" if done else f"{tasks} tasks learned; go on with: perdure resume {folder}"
+        console().print(f"{folder}: {state}", markup=False, highlight=False, soft_wrap=True)
+
+
+def demo(out: Out = None) -> None:
+    """Watch a small CLIP learn eight tasks in a row: what it forgot, and what it would have known."""
+    from perdure import launch
+
+    folder = out.expanduser() if out else launch.demo_folder(Path("runs"))
+    runs = [folder / method for method in launch.DEMO]
+    for one in runs:
+        if not (one / "config.json").exists():
+            launch.begin(one.name, "mini-mtil", one)
+        elif launch.same_run(launch.read_config(one), launch.prepare(one.name, "mini-mtil", 0, [], {})):
+            raise PerdureError(f"{one} holds a run that is not the demo's. Choose another folder with --out.")
+    for one in runs:
+        watched(one)
+    finish(runs, folder / "report.html")
+
+
+def watched(folder: Path) -> None:
+    """Do the run in ``folder``, or go on with it, under a live view; Ctrl-C stops tidily."""
+    from perdure import launch
+    from perdure.view import Screen
+
+    config = launch.read_config(folder)
+    screen = Screen(console(), f"{config['method']} on {config['stream']}, seed {config['seed']}")
+    try:
+        with screen:
+            launch.resume(folder, screen)
+    except KeyboardInterrupt:
+        screen.say(f"\nStopped. Every task that was finished is kept. Go on with: {again(folder)}")
+        raise typer.Exit(130) from None
+
+
+def again(folder: Path) -> str:
+    """The command that goes on with a run: with all of them, where it is one of several."""
+    if folder.name.startswith("seed_"):
+        return f"perdure resume {folder.parent}"
+    from perdure.launch import DEMO
+
+    siblings = all((folder.parent / name / "config.json").exists() for name in DEMO)
+    return f"perdure demo --out {folder.parent}" if siblings else f"perdure resume {folder}"
