@@ -50,8 +50,8 @@ def learned(method: str, folder: Path, **more: Any) -> list[list[float]]:
 @pytest.mark.parametrize("method", LEARNERS)
 def test_a_method_gains_what_it_was_taught(method: str, tmp_path: Path) -> None:
     rows = learned(method, tmp_path / "run")
-    # 128 images: ten points are thirteen of them. What answers with an average of weights gains less.
-    assert sum(rows[-1]) / 2 > sum(rows[0]) / 2 + 10
+    # digits, 37.5 % before: ten points are six of 64 images. What answers with an average of weights gains less.
+    assert rows[-1][0] > rows[0][0] + 10
     if method != "joint":
         assert rows[1][0] > rows[0][0] + 10  # digits, once they were learned
 

@@ -172,7 +172,7 @@ def test_combinations_are_methods_like_any_other(name: str) -> None:
 @pytest.mark.parametrize("stream_name", ["mini-mtil", "mini-cil"])
 def test_all_three_together_on_both_streams(stream_name: str, short_run: Run) -> None:
     m = short_run("gift+condu+mg_clip", stream_name, synthetic=8, sampling_steps=2, sampling_batch=4)
-    assert len(m["accuracy"]) == 4 and m["accuracy"][3] != m["accuracy"][0]
+    assert len(m["accuracy"]) == 4  # what it gains: tests/test_gains.py
     assert {"task", "distil_image", "consolidation"} <= set(m["losses"][m["tasks"][0]])
 
 

@@ -40,13 +40,12 @@ def test_there_are_presets() -> None:
     assert len(NAMES) >= 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_takes_two_steps_with_every_value_it_holds(name: str, tmp_path: Path) -> None:
     preset = read_preset(name)
     changed = overrides(preset)
-    metrics = perdure.run(
-        preset["method"], stand_in(preset), tmp_path / "run", preset=name, tasks=1, **changed
-    )  # fmt: skip
+    metrics = perdure.run(preset["method"], stand_in(preset), tmp_path / "run", preset=name, tasks=1, **changed)
     ((_, losses),) = metrics["losses"].items()
     assert losses["step"][-1] == 2 and metrics["finished"]
 
