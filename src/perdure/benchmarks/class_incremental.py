@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.resources import files
@@ -24,23 +23,12 @@ import torch
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.state import as_json, digest, read_json, write_json
 from perdure.data.files import Files
+from perdure.data.folders import folders, pictures, say_odd_kinds
 from perdure.data.splits import sizes_of, split_classes
 from perdure.data.task import Class, Images, Stream
 
 MODEL, TEMPLATE, SIDE = "openai/clip-vit-base-patch16", "a good photo of a {}.", 224
 FIRST_HUNDRED = ("n01440764", "n01855672")
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm", ".jp2", ".avif")
-LISTS = (
-    ".txt",
-    ".csv",
-    ".json",
-    ".jsonl",
-    ".xml",
-    ".md",
-    ".db",
-    ".ini",
-    ".mat",
-)  # what data sets keep beside their pictures
 HOMES = {
     "cifar100": "cifar-100-python, as unpacked",
     "imagenet100": "imagenet100/train/WNID and imagenet100/val/WNID, the hundred classes of the published order",
@@ -71,32 +59,6 @@ def there(folder: Path, what: str) -> Path:
     return folder
 
 
-def pictures(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted, hidden ones not; what else is left out is said. ``PerdureError`` for none."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not hidden(p.relative_to(folder)))
-    found = [p for p in files if p.suffix.lower() in PICTURES]
-    odd = [p for p in files if p.suffix.lower() not in (*PICTURES, *LISTS)]
-    if not found:
-        more = f" ({len(files)} other files, {files[0].name} among them)" if files else ""
-        raise PerdureError(f"{folder} holds no picture{more}. Pictures end in {', '.join(PICTURES)}.")
-    if odd:
-        warnings.warn(
-            f"{folder}: {len(odd)} files are no pictures by their names and are left out: {odd[0].name}, …",
-            stacklevel=2,
-        )
-    return found
-
-
-def hidden(path: Path) -> bool:
-    """Whether a path is one that programs keep beside people's files: ``._0.png``, ``.ipynb_checkpoints/…``."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-
-
-def folders(base: Path) -> list[str]:
-    """The names of the folders in a folder, sorted, hidden ones not."""
-    return sorted(p.name for p in base.iterdir() if p.is_dir() and not hidden(Path(p.name)))
-
-
 @contextlib.contextmanager
 def reading(home: Path) -> Iterator[None]:
     """The lists that come with a data set: one that is missing, cut short or of another form is said so."""
@@ -122,6 +84,8 @@ def by_folder(base: Path, what: str, sides: tuple[str, str], names: Sequence[str
     if names is not None and len(names) != len(found[0]):
         raise PerdureError(f"{base / sides[0]} holds {len(found[0])} class folders; {what} has {len(names)} classes.")
     lists = [[(p, k) for k, c in enumerate(found[0]) for p in pictures(base / side / c)] for side in sides]
+    for side, listed in zip(sides, lists, strict=True):
+        say_odd_kinds(base / side, found[0], listed)
     (train, one), (test, two) = (labelled(base, listed) for listed in lists)
     return list(names or [c.replace("_", " ") for c in found[0]]), train, test, digest(as_json([one, two]))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from string import Formatter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
@@ -20,10 +21,28 @@ def places_in(template: str) -> list[str]:
     return [place + (form or "") + (turn or "") for _, place, form, turn in parts if place is not None]
 
 
+def are_pixels(value: Any) -> bool:
+    """Whether a value can be images: a tensor (N, 3, H, W) of uint8 or floats, or files and the like, which read when asked."""
+    if not isinstance(value, Tensor):
+        return hasattr(value, "split") and hasattr(value, "__len__") and not isinstance(value, str | bytes)
+    kind = value.dtype == torch.uint8 or value.is_floating_point()
+    return kind and value.ndim == 4 and value.shape[1] == 3 and 0 not in value.shape[2:]
+
+
+def check_labels(labels: Tensor, classes: Sequence[Any], where: str) -> None:
+    """Refuse labels that are no places in ``classes``."""
+    if not classes:
+        raise PerdureError(f"{where} has no classes.")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
+        raise PerdureError(
+            f"{where}: labels must lie in 0 … {len(classes) - 1}, these lie in {int(labels.min())} … {int(labels.max())}."
+        )
+
+
 def described(value: Any) -> str:
     """A value in words: ``float32 (8, 3, 32, 32)``, or its type."""
     if not isinstance(value, Tensor):
-        return type(value).__name__
+        return f"a value of type {type(value).__name__}"
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
 
 

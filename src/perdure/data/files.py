@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile
+from perdure.core.pixels import as_floats
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,6 @@ class Joined:
 
 
 Pixels = Any  # (N, 3, H, W) uint8, or float in 0 … 1: a Tensor, Files or Joined
-
-
-def as_floats(images: Tensor) -> Tensor:
-    """Images as every reader of them has them: float32 in 0 … 1; uint8 is divided by 255, floats are that already."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def take(pixels: Pixels, index: Tensor) -> Pixels:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
-from perdure.data.checks import check_range, check_texts, described, places_in
+from perdure.data.checks import are_pixels, check_labels, check_range, check_texts, described, places_in
 from perdure.data.files import Pixels, joined, take
 
 
@@ -24,10 +24,10 @@ class Class:
     templates: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not self.name.strip():
-            raise PerdureError("A class has no name: it is asked for by its name, which must be a word.")
-        if not self.templates:
-            raise PerdureError(f"The class '{self.name}' has no template, as 'a photo of a {{}}.' is one.")
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise PerdureError(f"A class is asked for by its name, which must be a word, not {self.name!r}.")
+        if not self.templates or isinstance(self.templates, str):
+            raise PerdureError(f"The class '{self.name}' has no templates. Give a tuple, as ('a photo of a {{}}.',).")
         for template in self.templates:
             if places_in(template) != [""]:
                 raise PerdureError(
@@ -51,11 +51,9 @@ class Images:
         labels, pixels = self.labels, self.pixels
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
             raise PerdureError(f"Labels must be a tensor (N,) of int64, not {described(labels)}.")
-        if isinstance(pixels, Tensor) and (
-            pixels.ndim != 4 or pixels.shape[1] != 3 or not (pixels.dtype == torch.uint8 or pixels.is_floating_point())
-        ):
+        if not are_pixels(pixels):
             raise PerdureError(f"Images must be (N, 3, H, W), uint8 or float in 0 … 1, not {described(pixels)}.")
-        if not hasattr(pixels, "__len__") or len(pixels) != len(labels):
+        if len(pixels) != len(labels):
             raise PerdureError(f"There are {len(labels)} labels for {described(pixels)}: there must be one an image.")
         if self.captions is not None and len(self.captions) != len(labels):
             raise PerdureError(
@@ -102,11 +100,8 @@ class Task:
     parts: int = 1
 
     def __post_init__(self) -> None:
-        if not self.classes:
-            raise PerdureError(f"Task {self.name} has no classes.")
         for images in (self.train, self.test):
-            if len(images) and not 0 <= int(images.labels.min()) <= int(images.labels.max()) < len(self.classes):
-                raise PerdureError(f"Task {self.name}: labels must lie in 0 … {len(self.classes) - 1}.")
+            check_labels(images.labels, self.classes, f"Task {self.name}")
 
     def prompts(self) -> list[str]:
         """One prompt a class, from its training template."""
@@ -119,6 +114,9 @@ class Probe:
 
     classes: tuple[Class, ...]
     test: Images
+
+    def __post_init__(self) -> None:
+        check_labels(self.test.labels, self.classes, "The probe")
 
 
 def all_captions(parts: Sequence[Images]) -> tuple[str, ...] | None:
@@ -214,6 +212,8 @@ class Stream:
                     raise PerdureError(f"{self.name}, {where}: there are no {side} images. Give at least one.")
                 check_range(images.pixels, f"{self.name}, {where}, {side} images")
             check_texts(part.classes, clip, f"{self.name}, {where}")
+        if self.labels == "seen":  # there the classes of all tasks compete
+            check_texts([c for t in self.tasks for c in t.classes], clip, self.name)
 
     def few_shot(self, shots: int, seed: int) -> Stream:
         """``shots`` training images a class, drawn by the seed; 0: all. Another split."""

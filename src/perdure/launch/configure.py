@@ -107,6 +107,8 @@ def prepare(
         config, data = configure(method, stream, seed, assignments, preset, warn)
         clip = load_clip(config, data)
         data.check(clip)
+        if clip.note:
+            warn(clip.note)
         fingerprint = clip.fingerprint()
         build_entry(find_method(method)[0], config["options"]).bind(clip, data.context(seed, folder))
     return {**config, "weights": fingerprint}

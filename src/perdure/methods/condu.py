@@ -32,9 +32,9 @@ from pydantic import Field
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
+from perdure.core.pixels import as_floats
 from perdure.core.seeding import derive
 from perdure.core.weights import Lazy, Weights, check_alike
-from perdure.data.files import as_floats
 from perdure.data.task import Context, Query, Task
 from perdure.data.transforms import random_resized_crop
 from perdure.methods.base import METHODS, Expert, Method, Recipe, Row, State, register

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
+from perdure.core.pixels import as_floats
 from perdure.core.weights import Weights
-from perdure.data.files import as_floats
 from perdure.models import loading, lora
 from perdure.models.towers import Part
 
@@ -56,6 +56,8 @@ class CLIP(nn.Module):
         self.rebased = False  # whether the plain weights differ from the pre-trained ones
         self.born = dict(self.backbone.named_parameters())  # objects that stay the same, whatever is built around them
         self.buffers_born = set(self.backbone.state_dict()) - set(self.born)
+        self.revision = ""  # of a Hub id: the commit it was loaded from
+        self.note = ""  # what someone should know of how it was loaded
         self.identity = ""  # the fingerprint of the weights it was born with, once it was asked for
         self._texts: dict[tuple[tuple[str, ...], ...], Tensor] = {}
         self._last: Last | None = None
@@ -67,9 +69,11 @@ class CLIP(nn.Module):
         with loading.quiet():
             backbone = loading.backbone(place)
             tokenizer = loading.tokenizer(place)
-        mean, std = loading.preprocessing(place.path)
+        mean, std, note = loading.preprocessing(place)
         backbone.set_attn_implementation(attention(backbone.config.vision_config, device))
-        return cls(backbone.eval(), tokenizer, mean, std, path).to(device)
+        clip = cls(backbone.eval(), tokenizer, mean, std, path)
+        clip.revision, clip.note = place.revision or "", note
+        return clip.to(device)
 
     # ---- encoding
 

@@ -34,7 +34,7 @@ class Place:
 def locate(path: str) -> Place:
     """Find a checkpoint by its configuration file alone; the network is asked only for names like ``owner/name``."""
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if path and folder.is_dir():
         check_kind(path, folder / "config.json")
         return Place(str(folder))
     if not HUB_ID.fullmatch(path):
@@ -54,7 +54,7 @@ def cached(name: str, file: str) -> Path | None:
 
 def fetched(name: str) -> Path:
     """The configuration of a Hub id, from the network, asked once."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
@@ -62,14 +62,30 @@ def fetched(name: str) -> Path:
             f"No CLIP model could be loaded from '{name}': it is no folder, it is not in the cache, and HF_HUB_OFFLINE "
             f"forbids to ask the Hub. {WANTED}"
         )
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *unreachable())
     try:
+        get_hf_file_metadata(
+            hf_hub_url(name, "config.json"), timeout=3
+        )  # a download would try a dead line again and again
         return Path(hf_hub_download(name, "config.json", etag_timeout=3))
-    except (OSError, ValueError, RuntimeError) as error:
+    except failures as error:
         reason = type(error).__name__
         raise PerdureError(
             f"No CLIP model could be loaded from '{name}': it is no folder, it is not in the cache, and the Hub did not give "
             f"it ({reason}). Check the name and the connection. {WANTED}"
         ) from error
+
+
+def unreachable() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises where there is no connection: another library's error in each of its versions."""
+    import importlib
+
+    kinds = []
+    for name in ("httpx", "httpx2", "requests"):
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(name)
+            kinds.append(module.RequestException if name == "requests" else module.HTTPError)
+    return tuple(kinds)
 
 
 def check_kind(path: str, config: Path) -> None:
@@ -93,8 +109,8 @@ def backbone(place: Place) -> Any:
 
     try:
         found, about = CLIPModel.from_pretrained(
-            place.path, revision=place.revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+            place.path, revision=place.revision, dtype=torch.float32, weights_only=True, output_loading_info=True
+        )  # safetensors where there are any; of older files tensors alone are read, no code is run
     except UNREADABLE as error:
         raise unloadable(place, error) from error
     if about["missing_keys"]:
@@ -120,16 +136,24 @@ def tokenizer(place: Place) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(place.path, revision=place.revision)
+        known = any(
+            beside(place, name) for name in ("tokenizer.json", "vocab.json")
+        )  # else an empty one may be made up
+        found = AutoTokenizer.from_pretrained(place.path, revision=place.revision) if known else None
     except UNREADABLE as error:
-        reason = str(error).strip().split("\n")[0]
-        raise PerdureError(
-            f"The CLIP at '{place.path}' has no tokenizer that can be read ({reason}). Put the files of its tokenizer beside "
-            "it (tokenizer.json, or vocab.json and merges.txt)."
-        ) from error
+        raise no_tokenizer(place, str(error).strip().split("\n")[0]) from error
+    if found is None:
+        raise no_tokenizer(place, "there are no files of one")
     if found.eos_token_id is None:
         raise PerdureError(f"The tokenizer of '{place.path}' has no end token, and CLIP's text is read there.")
     return found
+
+
+def no_tokenizer(place: Place, reason: str) -> PerdureError:
+    return PerdureError(
+        f"The CLIP at '{place.path}' has no tokenizer that can be read ({reason}). Put the files of its tokenizer beside it "
+        "(tokenizer.json, or vocab.json and merges.txt)."
+    )
 
 
 def unloadable(place: Place, error: Exception) -> PerdureError:
@@ -138,22 +162,48 @@ def unloadable(place: Place, error: Exception) -> PerdureError:
     return PerdureError(f"No CLIP model could be loaded from '{place.path}': {reason} {WANTED}")
 
 
-def preprocessing(path: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of the pixels, from the model's preprocessor file (CLIP's own where it has none).
+def preprocessing(place: Place) -> tuple[Sequence[float], Sequence[float], str]:
+    """Mean and standard deviation of the pixels, from the model's preprocessor file; CLIP's own where it has none, and then
+    a note that says so.
 
     transformers 5 writes those of a processor into ``processor_config.json``, under ``image_processor``.
     """
-    from transformers.utils import cached_file
-
     about: dict[str, Any] = {}
     for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", "")):
-        try:
-            found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-        except OSError:
-            found = None
-        content = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
-        about |= content.get(part, {}) if part else content
-    return about.get("image_mean", OPENAI_MEAN), about.get("image_std", OPENAI_STD)
+        content = said_of(place, name)
+        about |= content.get(part) or {} if part else content
+    found = about.get("image_mean"), about.get("image_std")
+    if found == (None, None):
+        note = f"The CLIP at '{place.path}' does not say how its images are prepared; OpenAI's mean and deviation are taken."
+        return OPENAI_MEAN, OPENAI_STD, note
+    for values in found:
+        if not isinstance(values, list) or len(values) != 3 or not all(isinstance(x, float | int) for x in values):
+            raise PerdureError(
+                f"The preprocessing of '{place.path}' is damaged: image_mean and image_std must be three numbers each, not "
+                f"{found[0]} and {found[1]}."
+            )
+    return *found, ""  # type: ignore[return-value]
+
+
+def said_of(place: Place, name: str) -> dict[str, Any]:
+    """What a JSON file beside the model holds; nothing where there is none."""
+    found = beside(place, name)
+    try:
+        content = json.loads(found.read_text(encoding="utf-8")) if found else {}
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PerdureError(f"{name} of the CLIP at '{place.path}' is damaged: {error}.") from None
+    return content if isinstance(content, dict) else {}
+
+
+def beside(place: Place, name: str) -> Path | None:
+    """A file of the checkpoint, where it has one."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(place.path, name, revision=place.revision, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return None
+    return Path(found) if found else None
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
-from perdure.data.files import as_floats
+from perdure.core.pixels import as_floats
 from perdure.data.task import Batch, Task
 from perdure.data.transforms import random_resized_crop
 from perdure.training.schedule import Schedule
