@@ -174,8 +174,8 @@ def by_hand(deltas: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], list[di
         unified[name] = torch.tensor(column).view(deltas[0][name].shape)
         whole = re.sub(r"[qkv]_proj", "qkv", name)
         for k, delta in enumerate(deltas):
-            sign = torch.where(stack.sum(0) > 0, 1.0, -1.0).view(delta[name].shape)
-            masks[k][name] = delta[name] * sign > 0
+            elected = torch.where(stack.sum(0) > 0, 1.0, -1.0).view(delta[name].shape)
+            masks[k][name] = delta[name] * elected > 0
             pair = [delta[name].abs().flatten(), (unified[name] * masks[k][name]).abs().flatten()]
             means.setdefault(whole, [[] for _ in range(2 * len(deltas))])
             for which in (0, 1):
