@@ -13,6 +13,7 @@ import perdure
 from perdure.benchmarks import class_incremental, mini
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.pixels import as_floats
+from perdure.data.checks import check_templates
 from perdure.data.files import Files, Joined, joined, take
 from perdure.data.folders import pictures
 from perdure.data.task import Class, Images, Probe, Stream, Task
@@ -47,7 +48,7 @@ def own(*names: str, train: Images | None = None, test: Images | None = None, **
 )
 def test_a_template_has_exactly_one_place_for_the_name(template: str) -> None:
     with pytest.raises(PerdureError, match="must hold exactly one {}, where the name goes"):
-        Class("crane", ("a {}", template))
+        check_templates(Class("crane", ("a {}", template)))
     assert Class("crane", ("{{a}} {}",)).prompts() == ["{a} crane"]
 
 

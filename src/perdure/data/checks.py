@@ -57,8 +57,19 @@ def check_range(pixels: Any, where: str) -> None:
             )
 
 
+def check_templates(one: Any) -> None:
+    """Refuse templates of a class that do not hold exactly one ``{}``."""
+    for template in one.templates:
+        if places_in(template) != [""]:
+            raise PerdureError(
+                f"The template '{template}' (of the class '{one.name}') must hold exactly one {{}}, where the name goes."
+            )
+
+
 def check_texts(classes: Sequence[Any], clip: Any, where: str) -> None:
     """Refuse prompts that the text tower would cut, and classes that it could not tell apart."""
+    for one in classes:
+        check_templates(one)
     prompts = [one.prompts() for one in classes]
     rows = iter(map(tuple, clip.tokens([p for own in prompts for p in own]).tolist()))
     known: dict[tuple[Any, ...], str] = {}

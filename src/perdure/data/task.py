@@ -12,7 +12,7 @@ from torch import Tensor
 
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
-from perdure.data.checks import are_pixels, check_labels, check_range, check_texts, described, places_in
+from perdure.data.checks import are_pixels, check_labels, check_range, check_texts, described
 from perdure.data.files import Pixels, joined, take
 
 
@@ -28,11 +28,6 @@ class Class:
             raise PerdureError(f"A class is asked for by its name, which must be a word, not {self.name!r}.")
         if not self.templates or isinstance(self.templates, str):
             raise PerdureError(f"The class '{self.name}' has no templates. Give a tuple, as ('a photo of a {{}}.',).")
-        for template in self.templates:
-            if places_in(template) != [""]:
-                raise PerdureError(
-                    f"The template '{template}' (of the class '{self.name}') must hold exactly one {{}}, where the name goes."
-                )
 
     def prompts(self) -> list[str]:
         return [template.format(self.name) for template in self.templates]
