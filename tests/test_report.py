@@ -44,9 +44,26 @@ def several() -> list[dict[str, Any]]:
     still = [[30.25, 21.5, 61.0]] * 4
     seeds = [metrics("zscl", seed, last=87.0 + seed) for seed in (0, 1)]
     over_seeds = metrics("zscl", [0, 1], last=87.5, transfer=49.0, std={"last": 0.7}, runs=seeds, losses=None)
-    joint = metrics("joint", reference="upper", scope="stream", accuracy=[[30.25, 21.5, 61.0], [95, 97, 92]], transfer=None, last=99.0, losses={})
+    joint = metrics(
+        "joint",
+        reference="upper",
+        scope="stream",
+        accuracy=[[30.25, 21.5, 61.0], [95, 97, 92]],
+        transfer=None,
+        last=99.0,
+        losses={},
+    )
     return [
-        metrics("zero_shot", reference="lower", scope="task", learns=False, accuracy=still, last=37.58, transfer=99.0, losses=None),
+        metrics(
+            "zero_shot",
+            reference="lower",
+            scope="task",
+            learns=False,
+            accuracy=still,
+            last=37.58,
+            transfer=99.0,
+            losses=None,
+        ),
         metrics(),
         metrics("wise_ft", config={"lr": 0.0001}, forgetting=3.0, seconds=None),
         over_seeds,
