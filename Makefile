@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two workers of one thread each: on two cores faster than one worker of two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test fast lint bench study world clean
+.PHONY: demo test fast lint wheel pythons bench study world clean
 
 demo: $(VENV)/.ready
 	$(BIN)/perdure demo
@@ -20,6 +20,20 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The package as people get it: built, installed into an environment of its own outside this tree, one short run from there.
+wheel: $(VENV)/.ready
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
+	.ci/wheel build/wheel/perdure-*.whl
+
+# The lowest and the highest Python that are supported, where they are installed: the quick tests in an environment of each.
+pythons:
+	for python in python3.10 python3.13; do \
+		if $$python --version >/dev/null 2>&1; then \
+			$(MAKE) fast PYTHON=$$python VENV=.venv-$$python || exit 1; \
+		else echo "$$python is not installed: left out."; fi; \
+	done
 
 bench: $(VENV)/.ready-dev
 	$(BIN)/python bench/train_loop.py
@@ -48,4 +62,4 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .venv-python3.* build dist

@@ -23,7 +23,6 @@ from perdure import launch
 from perdure.data.task import Query
 from perdure.engine.checkpoint import folder_names, read_task
 from perdure.methods.mg_clip import MGCLIP
-from perdure.models.clip import CLIP
 from perdure.models.heads import CosineHead, mix, softmax
 from perdure.ops import metrics
 from perdure.ops.gap import relative_change
@@ -138,7 +137,7 @@ def softmax_of(folder: Path) -> dict[str, float]:
     """Last accuracy of a finished MG-CLIP run under other ways of mixing."""
     config, data, method = launch.reopen(folder)
     assert isinstance(method, MGCLIP)
-    clip = CLIP.load(data.model)
+    clip = launch.load_clip(config, data)
     method.bind(clip, data.context(config["seed"]))
     read_task(folder / folder_names([t.name for t in data.tasks])[-1], tensors=True).restore(method)
     classes = tuple(c for t in data.tasks for c in t.classes)

@@ -181,6 +181,7 @@ def test_random_adapters_are_not_the_pretrained_model(clip: CLIP) -> None:
                            clip.weights()["text_model.encoder.layers.0.mlp.fc1.weight"])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_keeps_a_bit_a_parameter_and_hands_out_any_expert(short_run: Run, tmp_path: Path) -> None:
     m = short_run("condu", lr=5e-4, iterations=8)
     a = m["accuracy"]
@@ -203,6 +204,7 @@ def test_a_run_keeps_a_bit_a_parameter_and_hands_out_any_expert(short_run: Run, 
         launch.export(m["folder"], tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_a_damaged_trigger_is_named_and_its_task_learned_again(short_run: Run) -> None:
     m = short_run("condu")
     trigger = m["folder"] / "task_03_food" / "trigger_digits.safetensors"

@@ -76,6 +76,7 @@ def test_one_tower_alone(clip: CLIP, stream: Stream, towers: str, learns: str, r
     assert not any(k.startswith(rests) for k in changed)
 
 
+@pytest.mark.slow
 def test_bf16_keeps_fp32_weights_and_similar_losses(clip: CLIP, stream: Stream) -> None:
     a, exact = trained(clip, stream, "fp32")
     b, rough = trained(clip, stream, "bf16")

@@ -43,6 +43,7 @@ def learn(
     return method, losses
 
 
+@pytest.mark.slow
 def test_the_shortcuts_change_no_loss(clip: CLIP, stream: Stream) -> None:
     """Cached teacher, trimmed context, texts encoded once, penalty in closed form: 1e-5 relative against none of them."""
     _, short = learn(clip, stream)
@@ -157,6 +158,7 @@ def test_plain_l2_is_the_distance_to_the_previous_weights(clip: CLIP, stream: St
     assert seen[0] == 0 < seen[-1]
 
 
+@pytest.mark.slow
 def test_kl_and_contrastive_learn_the_same(clip: CLIP, stream: Stream) -> None:
     """They differ by the teacher's entropy, a constant: the same gradients."""
     learn(clip, stream, distillation="contrastive")
@@ -200,6 +202,7 @@ def test_teachers(clip: CLIP, stream: Stream) -> None:
         assert not torch.allclose(rows["mix"], rows[other], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bf16_is_close(clip: CLIP, stream: Stream) -> None:
     _, exact = learn(clip, stream)
     _, rough = learn(clip, stream, precision="bf16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from perdure import launch
 from perdure.benchmarks import mini
 from perdure.core.errors import PerdureError
 from perdure.data.task import Stream
+from perdure.launch import folders
 from perdure.methods.base import METHODS, Method, Row
 from perdure.methods.compose import Compose
 from perdure.models.clip import CLIP
@@ -61,6 +63,7 @@ def test_an_option_belongs_to_a_role_and_a_key(monkeypatch: pytest.MonkeyPatch) 
         METHODS.remove("both")
 
 
+@pytest.mark.slow
 def test_an_option_that_came_later_has_its_default(short_run: Run) -> None:
     folder = short_run("finetune")["folder"]
     before = json.loads((folder / "metrics.json").read_text())
@@ -98,7 +101,7 @@ def test_a_method_in_a_file_of_its_own_is_killed_resumed_reported_and_exported(
     file.parent.mkdir()
     shutil.copy(OWN / f"{name}.py", file)
     words = [*(w for w in WORDS if "iterations" not in w), "iterations=25", f"lr={lr}", "threads=1"]
-    begin = ["run", "--method", file, "--stream", "mini-mtil", *words, "--out"]
+    begin: list[str | Path] = ["run", "--method", file, "--stream", "mini-mtil", *words, "--out"]
     assert command(*begin, tmp_path / "whole").returncode == 0
     started = subprocess.Popen([sys.executable, "-m", "perdure", *map(str, begin), str(tmp_path / "broken")])
     while not (tmp_path / "broken" / "task_01_animals").exists():
@@ -173,6 +176,7 @@ def test_one_of_several_methods_of_a_file_is_asked_for_by_name(tmp_path: Path) -
         launch.method_entry(f"{file}:third")
 
 
+@pytest.mark.slow
 def test_objects_run_and_are_asked_for_again(tmp_path: Path, stream: Stream) -> None:
     class Slower(Method):
         """Learns as finetune does."""
@@ -201,6 +205,18 @@ def test_a_stream_in_a_file(tmp_path: Path) -> None:
     file.write_text(file.read_text() + "\n")
     with pytest.raises(PerdureError, match="has changed since"):
         perdure.resume(tmp_path / "run")
+
+
+def test_a_class_that_is_not_registered_is_found_again_in_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "growing.py"
+    start = "from dataclasses import dataclass\nfrom perdure.methods.base import Method, Recipe\n\n\n"
+    file.write_text(f'{start}class Grows(Method):\n    """Grows."""\n')
+    assert launch.method_entry(str(file)).name == "grows"
+    assert launch.method_entry(f"{file}:grows").summary == "Grows."
+    clash = "@dataclass(frozen=True)\nclass Config(Recipe):\n    images: float = 0.5\n\n\n"
+    file.write_text(f"{start}{clash}class Grows(Method):\n    Config = Config\n")
+    with pytest.raises(PerdureError, match="option 'images', which every run has already"):
+        launch.configure(str(file), "mini-mtil", 0, [], {})
 
 
 @pytest.mark.slow
@@ -239,6 +255,32 @@ def test_overwriting_loses_nothing_before_the_new_run_has_begun(
     monkeypatch.undo()
     assert perdure.run("zero_shot", "mini-mtil", folder, overwrite=True, **SHORT)["method"] == "zero_shot"
     assert not (folder / ".replaced").exists()
+
+
+@pytest.mark.parametrize("after", range(1, 7))
+def test_a_move_that_is_cut_off_anywhere_is_undone(short_run: Run, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Setting aside and bringing back, stopped between any two of their renames."""
+    folder = short_run("finetune")["folder"]
+    names = sorted(p.name for p in folders.own_files(folder))
+    rename, left = os.replace, [after]
+
+    def some(a: Any, b: Any) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        rename(a, b)
+
+    for move in (folders.set_aside, folders.bring_back):
+        left[0] = after
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(os, "replace", some)
+            move(folder)
+        folders.recover(folder)
+        if not (folder / folders.REPLACED).exists():
+            assert sorted(p.name for p in folders.own_files(folder)) == names
+            folders.set_aside(folder)
+    folders.bring_back(folder)
+    assert sorted(p.name for p in folders.own_files(folder)) == names and launch.is_finished(folder)
 
 
 def test_what_cannot_begin_costs_no_old_run(short_run: Run) -> None:
@@ -314,12 +356,13 @@ def test_a_run_begun_on_an_accelerator_can_be_gone_on_with_here(short_run: Run) 
     (folder / "metrics.json").unlink()
     heard: list[str] = []
     ear = launch.Watcher()
-    ear.warn = heard.append  # type: ignore[method-assign]
+    setattr(ear, "warn", heard.append)  # noqa: B010
     assert perdure.resume(folder, ear)["accuracy"] == m["accuracy"]
     assert any("environment has changed (device" in text for text in heard)
     assert launch.export(folder, folder.parent / "out").startswith("The model after food")
 
 
+@pytest.mark.slow
 def test_all_classes_compete_when_asked(short_run: Run) -> None:
     apart, together = (short_run("finetune", labels=labels, lr=5e-4, iterations=12) for labels in ("task", "all"))
     assert together["protocol"] == {"labels": "all", "task_id": "known"}

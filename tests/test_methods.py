@@ -55,6 +55,7 @@ def test_lora_changes_nothing_but_adapters(short_run: Run) -> None:
     assert any(saved[name].any() for name in saved if ".lora_B." in name)
 
 
+@pytest.mark.slow
 def test_wise_ft_between_its_ends(short_run: Run) -> None:
     still = short_run("wise_ft", alpha=0.0)
     zero = short_run("zero_shot")
@@ -68,6 +69,7 @@ def test_wise_ft_between_its_ends(short_run: Run) -> None:
         torch.testing.assert_close(value, (ends[0][name] + ends[1][name]) / 2, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_weight_average_is_the_mean_of_the_experts(short_run: Run) -> None:
     average, experts = short_run("weight_average"), short_run("individual")
     files = read_task(folders(experts["folder"])[-1], tensors=True).files
@@ -76,6 +78,7 @@ def test_weight_average_is_the_mean_of_the_experts(short_run: Run) -> None:
         torch.testing.assert_close(value, sum(t[name] for t in tuned) / 3, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_individual_experts(short_run: Run) -> None:
     m = short_run("individual", lr=5e-4, iterations=12)
     a = m["accuracy"]
@@ -93,6 +96,7 @@ def test_an_expert_is_written_once(short_run: Run) -> None:
     assert found == [f"task_0{i}_{n}/expert_{n}.safetensors" for i, n in ((1, "animals"), (2, "digits"), (3, "food"))]
 
 
+@pytest.mark.slow
 def test_joint_learns_all_before_row_one(short_run: Run) -> None:
     m = short_run("joint")
     assert m["transfer"] is None and m["forgetting"] is None and m["last"] is not None
@@ -100,6 +104,7 @@ def test_joint_learns_all_before_row_one(short_run: Run) -> None:
     assert m["losses"]["animals"]["step"][-1] == 3 * SHORT["iterations"]  # as many steps as three tasks take
 
 
+@pytest.mark.slow
 def test_joint_when_all_classes_compete(short_run: Run, stream: Stream) -> None:
     assert stream.joined(grouped=False).group is None
     grouped = stream.joined(grouped=True)
@@ -147,6 +152,7 @@ def test_algebra_on_weights() -> None:
         interpolate(a, {"w": torch.ones(3)}, 0.5)
 
 
+@pytest.mark.slow
 def test_a_method_is_one_file(short_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's promise, with the README's code."""
     from perdure import methods

@@ -176,6 +176,7 @@ def test_all_three_together_on_both_streams(stream_name: str, short_run: Run) ->
     assert {"task", "distil_image", "consolidation"} <= set(m["losses"][m["tasks"][0]])
 
 
+@pytest.mark.slow
 def test_a_run_records_the_gap_of_any_method(short_run: Run, clip: CLIP, stream: Stream) -> None:
     m = short_run("finetune", lr=5e-4, iterations=12)
     assert [set(g) for g in m["gap"]] == [{"positive", "negative", "distance", "angle"}] * 4

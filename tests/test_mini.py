@@ -192,6 +192,7 @@ def test_protocols() -> None:
     assert len(Protocol("all", "hidden").classes(stream, 3, 7)[0]) == sum(sizes)
 
 
+@pytest.mark.slow
 def test_more_rivals_never_help() -> None:
     method = ZeroShot()
     method.bind(CLIP.load(str(mini.MODEL)))

@@ -235,6 +235,7 @@ def chromium(page: Path, *options: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="neither chromium nor google-chrome is on the PATH")
 def test_in_a_browser(tmp_path: Path) -> None:
     runs = several()

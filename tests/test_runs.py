@@ -173,6 +173,7 @@ def test_a_damaged_file_is_named_and_the_last_good_task_used(
     assert outcome(folder) == before
 
 
+@pytest.mark.slow
 def test_an_expert_that_is_missing_sends_the_run_back_to_before_it(short_run: Run) -> None:
     folder = short_run("individual")["folder"]
     before = outcome(folder)
@@ -282,6 +283,7 @@ def test_metrics_file_holds_what_others_read(short_run: Run) -> None:
     assert m["protocol"] == {"labels": "task", "task_id": "known"} and m["finished"]
 
 
+@pytest.mark.slow
 def test_class_incremental_accuracy_is_over_all_images_seen(short_run: Run) -> None:
     m = short_run("finetune", "mini-cil", lr=5e-4)
     sizes = [SHORT["images"]] * 3
@@ -294,6 +296,7 @@ def test_class_incremental_accuracy_is_over_all_images_seen(short_run: Run) -> N
     assert m["incremental_average"] == pytest.approx(sum(m["incremental"]) / 3)
 
 
+@pytest.mark.slow
 def test_over_seeds(short_run: Run) -> None:
     runs = [short_run("finetune", seed=s) for s in (0, 1)]
     mean = launch.over_seeds(runs)

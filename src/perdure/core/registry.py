@@ -54,3 +54,16 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[Entry[T]]:
         return iter(self._entries[name] for name in sorted(self._entries))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A baseline that is only a combination of parts: role → (method, option values)."""
+
+    learn: tuple[str, dict[str, Any]]
+    fuse: tuple[str, dict[str, Any]] | None = None
+    answer: tuple[str, dict[str, Any]] | None = None
+
+    def parts(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        named = {"learn": self.learn, "fuse": self.fuse, "answer": self.answer}
+        return {role: part for role, part in named.items() if part is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,12 @@ from torch import Tensor
 
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
+from perdure.data.batch import Batch
 from perdure.data.checks import are_pixels, check_labels, check_range, check_texts, described
+from perdure.data.context import Context, OnDraw, silent
 from perdure.data.files import Pixels, joined, take
+
+__all__ = ["Batch", "Class", "Context", "Images", "OnDraw", "Probe", "Query", "Stream", "Task", "silent"]
 
 
 @dataclass(frozen=True)
@@ -118,37 +122,6 @@ def all_captions(parts: Sequence[Images]) -> tuple[str, ...] | None:
     """The captions of several sets of images, where each has them."""
     found = [part.captions for part in parts]
     return tuple(c for part in found if part for c in part) if all(part is not None for part in found) else None
-
-
-OnDraw = Callable[[int, int, int], None]
-
-
-def silent(*heard: object) -> None:
-    """Hears and says nothing."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a run offers its method beside the tasks.
-
-    ``folder`` is where it may keep what can be made again (None: nowhere); ``stream``, ``generator`` and ``vocabulary`` are
-    the stream's; ``drawn(done, total, new)`` hears how the drawing of images goes, ``warn(text)`` what
-    someone should know. ``tasks`` are those of the stream: a method that replays real images keeps their numbers as state,
-    and takes the images themselves from there.
-    """
-
-    seed: int = 0
-    folder: Path | None = None
-    stream: str = ""
-    generator: str = ""
-    vocabulary: tuple[Class, ...] = ()
-    drawn: OnDraw = silent
-    warn: Callable[[str], None] = silent
-    tasks: tuple[Task, ...] = ()
-
-    def images(self, task: str, index: Tensor) -> Images:
-        """Training images of a task by its name, those numbered ``index`` (n,)."""
-        return next(t for t in self.tasks if t.name == task).train.take(index)
 
 
 @dataclass(frozen=True)
@@ -266,36 +239,3 @@ class Query:
     def parts(self, size: int) -> list[Query]:
         """The query, ``size`` images at a time."""
         return [self.part(rows) for rows in torch.arange(len(self.images)).split(size)]
-
-
-class Batch(Mapping[str, Any]):
-    """A training batch: a record whose fields are read by name, ``batch.images`` or ``batch["images"]``.
-
-    images: (B, 3, H, W) float32 in 0 … 1, augmented (of a phase on features: (B, D)); labels: (B,) int64; where they are
-    known, index: (B,) int64, the images' numbers in what is trained on, and captions: a text an image. A kind of data that a
-    method adds is one more field.
-    """
-
-    images: Tensor
-    labels: Tensor
-
-    def __init__(self, images: Tensor, labels: Tensor, **more: Any):
-        self.fields = {"images": images, "labels": labels, **more}
-
-    def __getitem__(self, name: str) -> Any:
-        return self.fields[name]
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "fields" or name not in self.fields:
-            raise AttributeError(f"this batch has no '{name}'")
-        return self.fields[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.fields)
-
-    def __len__(self) -> int:
-        return len(self.fields)
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on a device."""
-        return Batch(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.fields.items()})

@@ -20,7 +20,7 @@ from perdure.data.task import Batch, Context, Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, gap, per_cent, summarise
-from perdure.engine.settings import Settings
+from perdure.engine.settings import Settings, load_clip
 from perdure.engine.watcher import Watcher
 from perdure.methods.base import Method
 from perdure.models.clip import CLIP
@@ -41,9 +41,7 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
     with undisturbed(), only_one(folder):
         torch.set_num_threads(settings.threads)
         forget_peak_memory()
-        clip = CLIP.load(stream.model if settings.model == "stream" else settings.model, settings.device)
-        if clip.fingerprint() != config["weights"]:
-            raise PerdureError(f"{clip.path} is not the CLIP that {folder} began with. Start a new run.")
+        clip = load_clip(config, stream)
         stream.check(clip)
         done = good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
         for saved in done:

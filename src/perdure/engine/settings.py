@@ -17,6 +17,7 @@ from perdure.core.precision import precision_of
 from perdure.core.state import read_json
 from perdure.data.splits import reordered
 from perdure.data.task import Stream
+from perdure.models.clip import CLIP
 
 THREADS = torch.get_num_threads()  # before any run changes it
 
@@ -85,3 +86,16 @@ def kept_order(order: str) -> str:
     """A class order as a run keeps it: what a file lists, so that the file may go away; a seed as it is."""
     path = Path(order).expanduser()
     return json.dumps(read_json(path), ensure_ascii=False) if order and path.is_file() else order
+
+
+def load_clip(config: Mapping[str, Any], data: Stream) -> CLIP:
+    """The CLIP of a run, where it is computed. ``PerdureError`` where it is not the one that the run began with."""
+    settings = Settings.recorded(config["settings"])
+    clip = CLIP.load(data.model if settings.model == "stream" else settings.model, settings.device)
+    found = clip.fingerprint() if "weights" in config else ""
+    if found and found != config["weights"]:
+        raise PerdureError(
+            f"The CLIP at {clip.path} is not the one that the run began with (fingerprint {found[:12]}…, the run's "
+            f"{config['weights'][:12]}…). Put the run's model back there, or start a new run."
+        )
+    return clip

@@ -11,8 +11,9 @@
 
 from perdure.benchmarks import STREAMS
 from perdure.core.errors import PerdureError
+from perdure.engine.settings import load_clip
 from perdure.engine.watcher import Watcher
-from perdure.launch.configure import configure, load_clip, prepare, read_preset
+from perdure.launch.configure import configure, prepare, read_preset
 from perdure.launch.demo import DEMO, demo_folder
 from perdure.launch.export import export
 from perdure.launch.folders import is_finished, read_config, same_run, seed_folders

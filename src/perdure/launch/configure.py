@@ -19,11 +19,10 @@ from perdure.core.errors import PerdureError, unknown
 from perdure.data.task import Stream
 from perdure.engine.environment import environment
 from perdure.engine.run import FORMAT
-from perdure.engine.settings import Settings
+from perdure.engine.settings import Settings, load_clip
 from perdure.launch.options import build_entry, method_options
 from perdure.launch.sources import find_method, find_stream
 from perdure.methods.base import Method
-from perdure.models.clip import CLIP
 
 PRESETS = files("perdure") / "presets"
 Given = Iterable[str] | Mapping[str, Any]
@@ -59,6 +58,11 @@ def configure(
     make, stream_name, stream_source = find_stream(stream)
     data = make()
     known, general = {key: option for key, (_, option) in method_options(entry).items()}, options(Settings)
+    if clash := sorted(set(known) & set(general)):
+        raise PerdureError(
+            f"The method {entry.name} has an option '{clash[0]}', which every run has already with another meaning. Give the "
+            "method's another name."
+        )
     given, complaints = (dict(assignments), []) if isinstance(assignments, Mapping) else pairs(assignments)
     suits = {**data.defaults.get("all", {}), **data.defaults.get(entry.name, {})}
     layer = {key: value for key, value in suits.items() if key in known}
@@ -112,15 +116,3 @@ def prepare(
         fingerprint = clip.fingerprint()
         build_entry(find_method(method)[0], config["options"]).bind(clip, data.context(seed, folder))
     return {**config, "weights": fingerprint}
-
-
-def load_clip(config: Mapping[str, Any], data: Stream) -> CLIP:
-    """The CLIP of a run, where it is computed. ``PerdureError`` where it is not the one that the run began with."""
-    settings = Settings.recorded(config["settings"])
-    clip = CLIP.load(data.model if settings.model == "stream" else settings.model, settings.device)
-    if "weights" in config and clip.fingerprint() != config["weights"]:
-        raise PerdureError(
-            f"The CLIP at {clip.path} is not the one that the run began with (fingerprint {clip.fingerprint()[:12]}…, the "
-            f"run's {config['weights'][:12]}…). Put the run's model back there, or start a new run."
-        )
-    return clip

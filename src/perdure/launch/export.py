@@ -15,7 +15,7 @@ from perdure.core.seeding import reseed
 from perdure.core.state import write_json
 from perdure.data.task import Query, Stream
 from perdure.engine.checkpoint import folder_names, module_state, on_their_own, read_task
-from perdure.launch.configure import load_clip
+from perdure.engine.settings import load_clip
 from perdure.launch.runs import reopen
 from perdure.methods.base import Method
 

@@ -18,7 +18,7 @@ from perdure.engine.watcher import Watcher
 
 NEEDED = {"method", "stream", "seed", "options", "settings", "split", "weights", "environment"}
 ELSEWHERE = ("device", "threads")  # where a run is computed is no part of what it is
-REPLACED = ".replaced"
+REPLACED, MOVING = ".replaced", ".moving"
 
 
 def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -46,6 +46,9 @@ def plain(value: Any) -> Any:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A run's ``config.json``, as it was written. ``PerdureError`` where the folder holds no run."""
+    if (folder / MOVING).exists():
+        with only_one(folder):
+            recover(folder)
     if not (folder / "config.json").exists():
         raise PerdureError(f"{folder} holds no run (it has no config.json). Start one with: perdure run --out {folder}")
     config = read_json(folder / "config.json")
@@ -76,6 +79,7 @@ def make_folder(folder: Path, config: Mapping[str, Any], overwrite: bool) -> Non
     check_folder(folder, config, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder):
+        recover(folder)
         check_folder(folder, config, overwrite)  # another process may have come first
         if (folder / "config.json").exists():
             set_aside(folder)
@@ -90,26 +94,37 @@ def own_files(folder: Path) -> list[Path]:
 
 def set_aside(folder: Path) -> None:
     """Move a run aside inside its folder. One that waits there already is the older one, which has rows: it stays."""
-    aside, files = folder / REPLACED, own_files(folder)
-    if (aside / "config.json").exists():
+    files = own_files(folder)
+    if (folder / REPLACED).exists():
         remove(files)
         return
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for path in sorted(files, key=lambda p: p.name == "config.json"):  # last: with it the move is whole
-        os.replace(path, aside / path.name)
+    moving = folder / MOVING
+    moving.mkdir(exist_ok=True)
+    for path in files:
+        os.replace(path, moving / path.name)
+    os.replace(moving, folder / REPLACED)  # only now is it aside; a move that was cut off is undone, see ``recover``
 
 
 def bring_back(folder: Path) -> bool:
     """Put a run that waits aside back, where the one that was to replace it has no row; whether there was one."""
-    aside = folder / REPLACED
-    if not (aside / "config.json").exists() or any(folder.glob("task_00_*")):
+    if not (folder / REPLACED).exists() or any(folder.glob("task_00_*")):
         return False
-    remove(own_files(folder))
-    for path in sorted(aside.iterdir()):
-        os.replace(path, folder / path.name)
-    aside.rmdir()
+    os.replace(folder / REPLACED, folder / MOVING)
+    recover(folder)
     return True
+
+
+def recover(folder: Path) -> None:
+    """Finish a move back, or undo a move aside, whatever cut it off: what is being moved belongs into the folder."""
+    moving = folder / MOVING
+    if not moving.exists():
+        return
+    for path in sorted(moving.iterdir()):
+        place = folder / path.name
+        if place.is_dir():
+            shutil.rmtree(place)
+        os.replace(path, place)
+    moving.rmdir()
 
 
 def remove(paths: list[Path]) -> None:

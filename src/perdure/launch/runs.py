@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,19 +137,27 @@ def resume(
     ``method`` and ``stream``: what a run of objects was begun with; else they are found again.
     """
     folder, ears = Path(folder).expanduser(), listening(watcher)
-    with undisturbed():
+    with undisturbed(), coming_back(folder):
         config, data, built = reopen(folder, method, stream)
         settings = Settings.recorded(config["settings"])
         now = environment(settings)
         changed = [k for k in now if now[k] != config["environment"].get(k) and k not in ("cores", "platform")]
         if changed and not is_finished(folder):
             ears.warn(f"The environment has changed ({', '.join(changed)}): the last bits may differ.")
-        try:
-            return engine_run(built, data, config, folder, Watchers([ears, Replacing(folder)]))
-        except PerdureError as error:
-            if bring_back(folder):
-                raise PerdureError(f"{error} The run that was to be replaced is back in {folder}.") from error
-            raise
+        return engine_run(built, data, config, folder, Watchers([ears, Replacing(folder)]))
+
+
+@contextlib.contextmanager
+def coming_back(folder: Path) -> Iterator[None]:
+    """A run that was to be replaced is put back, whatever ends the new one before it has a row."""
+    try:
+        yield
+    except PerdureError as error:
+        if bring_back(folder):
+            raise PerdureError(f"{error} The run that was to be replaced is back in {folder}.") from error
+        raise
+    finally:
+        bring_back(folder)
 
 
 def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ Source = dict[str, str]  # {"file": …, "sha256": …}, or {"object": …}; emp
 # What importing somebody's file may raise; anything else is no mistake in a file.
 MISTAKES = (
     SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError, OSError,
-    AssertionError, RuntimeError,
+    AssertionError, RuntimeError, SystemExit,
 )  # fmt: skip
 LOADED: dict[tuple[str, str], dict[str, Any]] = {}  # (path, sha256) → entries by name
 
@@ -175,13 +175,13 @@ def where(error: BaseException, path: Path) -> str:
 
 
 def method_in(module: ModuleType) -> dict[str, Any]:
-    """The one subclass of ``Method`` that a file defines, under the file's name."""
+    """The one subclass of ``Method`` that a file defines, under its name in small letters, as ``method_of_class``."""
     own = [
         v
         for v in vars(module).values()
         if isinstance(v, type) and issubclass(v, Method) and v.__module__ == module.__name__
     ]
-    return {Path(str(module.__file__)).stem: own[0]} if len(own) == 1 else {}
+    return {own[0].__name__.lower(): own[0]} if len(own) == 1 else {}
 
 
 def stream_in(module: ModuleType) -> dict[str, Any]:

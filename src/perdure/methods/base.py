@@ -7,72 +7,30 @@
 | answer | ``calibrate`` ``logits`` ``finalize``                           | cosine similarity to the classes' texts       |
 | brings | ``modules`` ``material`` ``State``                              | nothing                                       |
 
-A new method is one file, in this folder or anywhere (``--method path/to/mine.py``): a subclass with the hooks it changes,
-decorated with ``@register(name)``.
+A method is one file, here or anywhere: a subclass with the hooks it changes, decorated with ``@register(name)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from perdure.core.packing import kinds, pack, unpack
-from perdure.core.registry import Registry
+from perdure.core.registry import Registry, Row
 from perdure.core.weights import Weights
 from perdure.data.task import Batch, Context, Query, Task
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification
 from perdure.training.fit import Backward, Learner, Losses, Stepper, optimise
+from perdure.training.recipe import Recipe
 from perdure.training.schedule import Schedule
 
-Rate = Annotated[float, Field(ge=0)]
-TaskName = Annotated[str, Field(title="task name")]
+__all__ = ["METHODS", "Expert", "Method", "Recipe", "Row", "State", "Trainer", "register"]
 Trainer = Callable[[Stepper, Schedule, Iterator[Batch], str], Losses]
-LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a task is trained. The defaults are the published recipe of ZSCL, GIFT and ConDU for CLIP ViT-B/16."""
-
-    lr: Annotated[float, Field(ge=0, description="peak learning rate")] = 1e-5
-    lr_by_task: Annotated[dict[TaskName, Rate], Field(description="learning rates of single tasks, by task name")] = (
-        field(default_factory=dict)
-    )
-    iterations: Annotated[int, Field(ge=0, le=10**9, description="optimiser steps a task")] = 1000
-    epochs: Annotated[
-        int, Field(ge=0, le=10**6, description="passes over a task's images, in place of iterations; 0: iterations")
-    ] = 0
-    batch_size: Annotated[int, Field(ge=1, le=10**6, description="images a step")] = 64
-    warmup: Annotated[int, Field(ge=0, le=10**9, description="steps of linear warm-up, then a cosine to 0")] = 100
-    label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of the classification loss")] = 0.2
-    milestones: Annotated[
-        tuple[int, ...],
-        Field(description="steps (of epochs: epochs) where the rate falls by gamma, in place of the cosine"),
-    ] = ()
-    gamma: Annotated[float, Field(ge=0, le=1, description="factor on the rate at each milestone")] = 0.1
-    optimizer: Annotated[
-        Literal["adamw", "adam", "sgd"], Field(description="weight decay is decoupled in adamw alone")
-    ] = "adamw"
-    momentum: Annotated[float, Field(ge=0, lt=1, description="SGD's")] = 0.9
-    weight_decay: Annotated[float, Field(ge=0, description="of the optimiser")] = 0.0
-    beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Adam's")] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Adam's")] = 0.999
-    clip_grad: Annotated[float | None, Field(gt=0, description="largest norm of the gradient; none: no limit")] = None
-    towers: Annotated[Literal["both", "image", "text"], Field(description="which towers learn")] = "both"
-    adapt: Annotated[Literal["full", "lora"], Field(description="train all weights, or low-rank adapters")] = "full"
-    lora_rank: Annotated[int, Field(ge=1, le=1024, description="rank of the adapters")] = 8
-    lora_alpha: Annotated[float, Field(gt=0, description="adapters are scaled by alpha / rank")] = 16.0
-    lora_layers: Annotated[tuple[str, ...], Field(description="linear layers that get an adapter")] = LORA_LAYERS
-    lora_init: Annotated[
-        Literal["kaiming", "xavier", "random"],
-        Field(description="how A starts, B being 0; random: both random, so that a new adapter changes the model"),
-    ] = "kaiming"
 
 
 @dataclass
@@ -97,8 +55,7 @@ class Expert:
 class Method(Learner):
     """Sequential fine-tuning, and the base of every method.
 
-    ``bind`` gives it the model; then, for each task: ``start``, ``begin_task``, steps, ``fuse``, ``calibrate``; in
-    between, ``predict``.
+    ``bind`` gives it the model; then, a task: ``start``, ``begin_task``, steps, ``fuse``, ``calibrate``, ``predict``.
     """
 
     Config: ClassVar[type] = Recipe
@@ -188,9 +145,9 @@ class Method(Learner):
 
         A run lends its own trainer (precision, progress and record as of the task).
         """
-        if self.trainer is not None:
-            return self.trainer(learner, schedule, draws, name)
-        return optimise(learner, schedule, draws, self.clip.device, name=name)
+        if self.trainer is None:
+            return optimise(learner, schedule, draws, self.clip.device, name=name)
+        return self.trainer(learner, schedule, draws, name)
 
     def lend(self, trainer: Trainer) -> None:
         """Take what ``train`` is to use."""
@@ -288,19 +245,6 @@ class Method(Learner):
     def unpack_state(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
         """The inverse of ``pack_state``."""
         self.state = unpack(self.State, files, values)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A baseline that is only a combination of parts: role → (method, option values)."""
-
-    learn: tuple[str, dict[str, Any]]
-    fuse: tuple[str, dict[str, Any]] | None = None
-    answer: tuple[str, dict[str, Any]] | None = None
-
-    def parts(self) -> dict[str, tuple[str, dict[str, Any]]]:
-        named = {"learn": self.learn, "fuse": self.fuse, "answer": self.answer}
-        return {role: part for role, part in named.items() if part is not None}
 
 
 METHODS: Registry[Any] = Registry("method")

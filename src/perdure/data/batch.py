@@ -1,0 +1,42 @@
+"""What a training step is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Batch(Mapping[str, Any]):
+    """A training batch: a record whose fields are read by name, ``batch.images`` or ``batch["images"]``.
+
+    images: (B, 3, H, W) float32 in 0 … 1, augmented (of a phase on features: (B, D)); labels: (B,) int64; where they are
+    known, index: (B,) int64, the images' numbers in what is trained on, and captions: a text an image. A kind of data that a
+    method adds is one more field.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __init__(self, images: Tensor, labels: Tensor, **more: Any):
+        self.fields = {"images": images, "labels": labels, **more}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.fields[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "fields" or name not in self.fields:
+            raise AttributeError(f"this batch has no '{name}'")
+        return self.fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device."""
+        return Batch(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.fields.items()})

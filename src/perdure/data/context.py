@@ -1,0 +1,43 @@
+"""What a run offers its method beside the tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from perdure.data.task import Class, Images, Task
+
+OnDraw = Callable[[int, int, int], None]
+
+
+def silent(*heard: object) -> None:
+    """Hears and says nothing."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a run offers its method beside the tasks.
+
+    ``folder`` is where it may keep what can be made again (None: nowhere); ``stream``, ``generator`` and ``vocabulary`` are
+    the stream's; ``drawn(done, total, new)`` hears how the drawing of images goes, ``warn(text)`` what
+    someone should know. ``tasks`` are those of the stream: a method that replays real images keeps their numbers as state,
+    and takes the images themselves from there.
+    """
+
+    seed: int = 0
+    folder: Path | None = None
+    stream: str = ""
+    generator: str = ""
+    vocabulary: tuple[Class, ...] = ()
+    drawn: OnDraw = silent
+    warn: Callable[[str], None] = silent
+    tasks: tuple[Task, ...] = ()
+
+    def images(self, task: str, index: Tensor) -> Images:
+        """Training images of a task by its name, those numbered ``index`` (n,)."""
+        return next(t for t in self.tasks if t.name == task).train.take(index)

@@ -1,0 +1,51 @@
+"""How a task is trained: the options that every method shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+Rate = Annotated[float, Field(ge=0)]
+TaskName = Annotated[str, Field(title="task name")]
+LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task is trained. The defaults are the published recipe of ZSCL, GIFT and ConDU for CLIP ViT-B/16."""
+
+    lr: Annotated[float, Field(ge=0, description="peak learning rate")] = 1e-5
+    lr_by_task: Annotated[dict[TaskName, Rate], Field(description="learning rates of single tasks, by task name")] = (
+        field(default_factory=dict)
+    )
+    iterations: Annotated[int, Field(ge=0, le=10**9, description="optimiser steps a task")] = 1000
+    epochs: Annotated[
+        int, Field(ge=0, le=10**6, description="passes over a task's images, in place of iterations; 0: iterations")
+    ] = 0
+    batch_size: Annotated[int, Field(ge=1, le=10**6, description="images a step")] = 64
+    warmup: Annotated[int, Field(ge=0, le=10**9, description="steps of linear warm-up, then a cosine to 0")] = 100
+    label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of the classification loss")] = 0.2
+    milestones: Annotated[
+        tuple[int, ...],
+        Field(description="steps (of epochs: epochs) where the rate falls by gamma, in place of the cosine"),
+    ] = ()
+    gamma: Annotated[float, Field(ge=0, le=1, description="factor on the rate at each milestone")] = 0.1
+    optimizer: Annotated[
+        Literal["adamw", "adam", "sgd"], Field(description="weight decay is decoupled in adamw alone")
+    ] = "adamw"
+    momentum: Annotated[float, Field(ge=0, lt=1, description="SGD's")] = 0.9
+    weight_decay: Annotated[float, Field(ge=0, description="of the optimiser")] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Adam's")] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Adam's")] = 0.999
+    clip_grad: Annotated[float | None, Field(gt=0, description="largest norm of the gradient; none: no limit")] = None
+    towers: Annotated[Literal["both", "image", "text"], Field(description="which towers learn")] = "both"
+    adapt: Annotated[Literal["full", "lora"], Field(description="train all weights, or low-rank adapters")] = "full"
+    lora_rank: Annotated[int, Field(ge=1, le=1024, description="rank of the adapters")] = 8
+    lora_alpha: Annotated[float, Field(gt=0, description="adapters are scaled by alpha / rank")] = 16.0
+    lora_layers: Annotated[tuple[str, ...], Field(description="linear layers that get an adapter")] = LORA_LAYERS
+    lora_init: Annotated[
+        Literal["kaiming", "xavier", "random"],
+        Field(description="how A starts, B being 0; random: both random, so that a new adapter changes the model"),
+    ] = "kaiming"
