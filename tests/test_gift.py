@@ -256,3 +256,8 @@ def test_a_run_remembers_the_prompts_of_learned_tasks(tmp_path: Path, clip: CLIP
     again = GIFT()
     again.unpack_state(files, values)
     assert again.state == method.state
+
+
+def test_prompts_that_the_student_cannot_read_are_refused_before_anything_is_drawn(clip: CLIP, stream: Stream) -> None:
+    with pytest.raises(PerdureError, match="Mexican hairless dog.*23 tokens long.*reads 16"):
+        GIFT(vocabulary="imagenet").bind(clip, stream.context())

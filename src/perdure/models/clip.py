@@ -85,7 +85,7 @@ class CLIP(Held):
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (N, L), cut after the longest end token: CLIP's text tower is causal, later tokens change nothing."""
-        ids = self.tokenizer(list(prompts), padding=True, return_tensors="pt").input_ids
+        ids = self.tokenizer(list(prompts), padding=True, return_tensors="pt", verbose=False).input_ids
         ends = ids == self.tokenizer.eos_token_id
         if not bool(ends.any(1).all()):
             raise PerdureError(

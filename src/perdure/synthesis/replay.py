@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
 from perdure.core.state import only_one, read_json
-from perdure.data.task import Context
+from perdure.data.task import Context, silent
 from perdure.synthesis.generator import Generator
 from perdure.synthesis.prompts import Request, requests, vocabulary
 from perdure.synthesis.store import COLLECTED, Pairs, Store, seal
@@ -51,19 +51,27 @@ class Synthesis:
 
 
 class Replay:
-    """Draws, keeps and reads a run's pairs; bound to its seed, folder and stream."""
+    """Draws, keeps and reads a run's pairs; bound to its seed, folder and stream.
 
-    def __init__(self, config: Synthesis, context: Context, size: int, device: str):
+    ``read(prompts)`` is the student's tokenizer: a prompt that it refuses is refused before anything is drawn or trained.
+    """
+
+    def __init__(
+        self, config: Synthesis, context: Context, size: int, device: str,
+        read: Callable[[Sequence[str]], object] = silent,
+    ):  # fmt: skip
         self.config, self.context, self.size = config, context, size
         own = context.folder / "pairs" if context.folder is not None else None
         self.folder = Path(config.pairs) if config.pairs else own
         self.collected = self.folder is not None and is_collected(self.folder)
         if self.collected:
+            read([request.prompt for request in self.store().entries] or [""])
             return
         path = context.generator if config.generator == "stream" else config.generator
         c = config
         self.generator = Generator(path, c.sampling_steps, c.guidance, c.sampling_batch, device)
         self.vocabulary = vocabulary(c.vocabulary, context.vocabulary)
+        read(self.vocabulary)
         if self.folder is not None:
             self.store()  # refuses a folder that was made for something else before anything is trained
 
