@@ -20,6 +20,7 @@ from perdure.engine.evaluate import Protocol, evaluate, gap
 from perdure.methods.base import Expert, Method, Recipe, State
 from perdure.methods.compose import Compose
 from perdure.models.clip import CLIP
+from perdure.ops.losses import classification
 from perdure.training.fit import Backward, Losses, Stepper, fit, optimise
 from perdure.training.schedule import Schedule
 
@@ -155,7 +156,11 @@ def test_what_follows_the_projections_is_fp32_under_autocast(clip: CLIP, stream:
         query = Query(task.test.pixels[:16], task.classes)
         logits = method.logits(query)
         loss = method.task_loss(batch)
+        images, texts = clip.encode_image(batch.images), clip.encode_tokens(method.tokens)
     assert logits.dtype == loss.dtype == torch.float32
+    torch.testing.assert_close(
+        loss, classification(clip.scale * images @ texts.T, batch.labels, 0.2), atol=1e-6, rtol=0
+    )
     assert len(logits.unique()) > 0.9 * logits.numel()  # bf16 has some 250 values here
 
 
