@@ -1,9 +1,12 @@
 """The command line as people meet it."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SHORT
@@ -45,7 +48,12 @@ def test_help_does_not_import_torch() -> None:
         ),
         (["run", "--preset", "nothing"], "finetune-mtil"),
         (["resume", "/no/such/run"], "holds no run"),
-        (["report", "/no/such/run"], "holds no results"),
+        (["report", "/no/such/run"], "There is no /no/such/run"),
+        (["run", "finetune", "mini-mtil"], "Did you mean: perdure run --method finetune --stream mini-mtil"),
+        (["run", "finetune", "--stream", "mini-cil"], "Did you mean: perdure run --stream mini-cil --method finetune"),
+        (["run", "--seeds", "many"], "Error: Invalid value for '--seeds'"),
+        (["frobnicate"], "Error: No such command 'frobnicate'. See:"),
+        (["resume"], "There are no runs in"),
         (["methods", "gft"], "There is no method 'gft'"),
         (["run", "--seeds", "0"], "Invalid value for '--seeds'"),
         (["export", "/no/such/run", "/nowhere"], "holds no run"),
@@ -101,3 +109,49 @@ def test_run_report_and_export(
     assert CLIPModel.from_pretrained(tmp_path / "plain").config.projection_dim == 128
     assert perdure(monkeypatch, "export", run / "seed_0", tmp_path / "plain") == 2  # never over what exists
     assert perdure(monkeypatch, "resume", run) == 0
+
+
+def test_python_m_perdure_is_the_command_line_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "perdure", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("perdure ")
+
+
+def test_bare_perdure_shows_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert perdure(monkeypatch) == 0
+    assert "resume" in capsys.readouterr().out
+
+
+def test_resume_without_a_folder_lists_the_runs(
+    short_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = short_run("finetune")["folder"]
+    runs = tmp_path / "here" / "runs"
+    for name in ("done", "demo/stopped"):
+        shutil.copytree(folder, runs / name)
+    shutil.rmtree(next((runs / "demo" / "stopped").glob("task_03*")))
+    (runs / "demo" / "stopped" / "metrics.json").unlink()
+    monkeypatch.chdir(tmp_path / "here")
+    assert perdure(monkeypatch, "resume") == 0
+    out = capsys.readouterr().out
+    assert "runs/done: finished" in out
+    assert "runs/demo/stopped: 2 tasks learned; go on with: perdure resume runs/demo/stopped" in out
+
+
+def test_a_report_is_written_over_nothing_that_perdure_did_not_write(
+    short_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = short_run("finetune")["folder"]
+    page, picture = tmp_path / "mine.html", tmp_path / "mine.png"
+    for file in (page, picture):
+        file.write_text("mine")
+        assert perdure(monkeypatch, "report", folder, "--out", page) == 2
+        assert f"{file} exists, and perdure did not write it" in capsys.readouterr().err and file.read_text() == "mine"
+        file.unlink()
+    assert perdure(monkeypatch, "report", folder, "--out", page) == 0
+    picture.write_bytes(
+        picture.read_bytes().replace(b"perdure", b"matters")
+    )  # as of 0.1.0, whose pictures bore no mark
+    assert perdure(monkeypatch, "report", folder, "--out", page) == 0
+    assert b"perdure" in picture.read_bytes()

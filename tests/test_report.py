@@ -262,3 +262,25 @@ def test_in_a_browser(tmp_path: Path) -> None:
             assert (width, height) == tuple(map(int, size.split(","))) and colours > 60
     seen = chromium(frame, "--window-size=600,1600", "--allow-file-access-from-files", "--dump-dom")
     assert 'data-width="390"' in seen  # the page itself does not scroll sideways on a phone
+
+
+def test_phases_stand_beside_their_task_in_the_losses() -> None:
+    from perdure.report.entries import collect
+    from perdure.report.losses import losses
+
+    phases = {"digits": {"head": {"step": [4, 8], "head": [2.0, 1.0]}}}
+    (chart, terms), *more = losses(collect([metrics(phases=phases)]))
+    assert not more and [term.name for term in terms] == ["task", "head"] and "head" in chart.svg + str(terms)
+    (_, alone), *_ = losses(collect([metrics(losses={}, phases=phases)]))
+    assert [term.name for term in alone] == ["head"]
+
+
+def test_of_many_tasks_the_numbers_are_left_out_and_it_is_said(tmp_path: Path) -> None:
+    names = [f"task {k}" for k in range(20)]
+    rows = [[50.0 + (i * j) % 40 for j in range(20)] for i in range(21)]
+    many = metrics(tasks=names, accuracy=rows, accuracy_interval=None, probe=None, probe_interval=None, losses={})
+    page = html.render([many])
+    assert "the course of each is left out here" in page and "Accuracy on task 7 in per cent" not in page
+    assert "Accuracy on animals in per cent" in html.render([metrics()])
+    picture = figure.draw([many], tmp_path / "many.png")
+    assert b"tEXtSoftware\0perdure" in picture.read_bytes()

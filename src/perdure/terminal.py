@@ -32,11 +32,14 @@ def plain_characters() -> None:
             stream.reconfigure(errors="perdure.plain")
 
 
+FOR_PROGRAMMERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWarning, ResourceWarning)
+
+
 def plain_warnings() -> None:
     """Let warnings of Python be one line for a person, not a place in the source."""
 
     def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if issubclass(category, UserWarning) or category is UserWarning:
+        if not issubclass(category, FOR_PROGRAMMERS):
             print(f"Warning: {message}", file=sys.stderr)
 
     warnings.showwarning = show  # type: ignore[assignment]

@@ -108,6 +108,19 @@ def page_of(runs: list[Path]) -> Path:
     return runs[0].parent / f"report-{names[:80]}.html" if len(parents) == 1 else Path(f"report-{names[:80]}.html")
 
 
+def check_page(page: Path) -> None:
+    """Refuse a report's name that is none, or that belongs to something which perdure did not write."""
+    from perdure.report import html
+
+    if page.suffix != ".html" or page.is_dir():
+        raise PerdureError(f"The report is an HTML file: {page} should be a name that ends in .html.")
+    picture = page.with_suffix(".png")
+    own = page.exists() and html.is_own(page)  # the pictures of 0.1.0 bear no mark; their pages do
+    if (page.exists() and not own) or (picture.exists() and not own and not html.is_own(picture)):
+        taken = picture if not page.exists() or own else page
+        raise PerdureError(f"{taken} exists, and perdure did not write it. Choose another name with --out.")
+
+
 def finish(runs: list[Path], page: Path | None = None) -> None:
     """Print the table of the runs; write the page and the picture, over nothing that perdure did not write."""
     from perdure.report import figure, html
@@ -115,11 +128,7 @@ def finish(runs: list[Path], page: Path | None = None) -> None:
 
     found = [read_metrics(run) for run in runs]
     page = page or page_of(runs)
-    if page.suffix != ".html" or page.is_dir():
-        raise PerdureError(f"The report is an HTML file: {page} should be a name that ends in .html.")
-    for path in (page, page.with_suffix(".png")):
-        if path.exists() and not html.is_own(path):
-            raise PerdureError(f"{path} exists, and perdure did not write it. Choose another name with --out.")
+    check_page(page)
     screen = console()
     screen.print(summary(found, screen))
     page.parent.mkdir(parents=True, exist_ok=True)

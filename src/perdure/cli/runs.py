@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from perdure.cli.results import finish, read_metrics
+from perdure.cli.results import check_page, finish, page_of, read_metrics
 from perdure.core.errors import PerdureError
 from perdure.terminal import console
 
@@ -35,7 +35,10 @@ def run(
     method, stream = method or str(settings.get("method", "")), stream or str(settings.get("stream", ""))
     missing = [f"--{k}" for k, v in (("method", method), ("stream", stream)) if not v]
     if missing:
-        hint = meant([a for a in assignments or [] if "=" not in a]) or "See: perdure methods, perdure streams."
+        hint = (
+            meant([a for a in assignments or [] if "=" not in a], method, stream)
+            or "See: perdure methods, perdure streams."
+        )
         raise PerdureError(f"{' and '.join(missing)} missing. {hint}")
     names = f"{launch.method_entry(method).name}-{find_stream(stream)[1]}"
     folder = (out or Path("runs") / f"{names}-{seed if seeds == 1 else f'{seeds}-seeds'}").expanduser()
@@ -46,13 +49,14 @@ def run(
     resume(folder)
 
 
-def meant(words: list[str]) -> str:
+def meant(words: list[str], method: str, stream: str) -> str:
     """What somebody meant who wrote names without their options; empty: nothing that is known."""
     from perdure import launch
 
     methods, streams = ({e.name for e in known} for known in (launch.methods(), launch.STREAMS))
     kinds = [(f"--{'stream' if word in streams else 'method'}", word) for word in words if word in streams | methods]
-    return f"Did you mean: perdure run {' '.join(f'{kind} {word}' for kind, word in kinds)}" if kinds else ""
+    given = [(kind, word) for kind, word in (("--method", method), ("--stream", stream)) if word]
+    return f"Did you mean: perdure run {' '.join(f'{kind} {word}' for kind, word in given + kinds)}" if kinds else ""
 
 
 def resume(
@@ -66,6 +70,7 @@ def resume(
         list_runs(Path("runs"))
         return
     run = run.expanduser()
+    check_page(page_of([run]))  # before the work, not after it
     several = launch.seed_folders(run)
     for one in several or [run]:
         watched(one)
@@ -78,10 +83,14 @@ def list_runs(base: Path) -> None:
     """The runs in a folder, how far each has come, and what to type."""
     from perdure import launch
 
-    found = sorted({p.parent for name in ("config.json", "seeds.json") for p in base.glob(f"*/{name}")})
+    depths = ("*", "*/*")  # a demo's runs lie in a folder of their own
+    found = {
+        p.parent for depth in depths for name in ("config.json", "seeds.json") for p in base.glob(f"{depth}/{name}")
+    }
+    found = {folder for folder in found if not folder.name.startswith("seed_")}
     if not found:
         raise PerdureError(f"There are no runs in {base.resolve()}. Give the folder of a run: perdure resume RUN")
-    for folder in found:
+    for folder in sorted(found):
         parts = launch.seed_folders(folder) or [folder]
         done = all(launch.is_finished(part) for part in parts)
         tasks = sum(len(list(part.glob("task_*"))) - 1 for part in parts if any(part.glob("task_*")))

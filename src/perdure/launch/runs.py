@@ -52,10 +52,11 @@ def begin(
     check_kind(folder, list(folders.values()) if several else [])
     config = prepare(method, stream, seed, assignments, layer, folders[seed], warn)
     configs = {one: {**config, "seed": n} for n, one in folders.items()}
-    if go_on and all(
-        (one / "config.json").exists() and not same_run(read_config(one), c) for one, c in configs.items()
-    ):
-        return
+    if go_on:  # those that are there stay; a kill may have come before all of several were
+        kept = {
+            one for one, c in configs.items() if (one / "config.json").exists() and not same_run(read_config(one), c)
+        }
+        configs = {one: c for one, c in configs.items() if one not in kept}
     for one, its_config in configs.items():  # all are checked before any is touched
         check_folder(one, its_config, overwrite)
     for one, its_config in configs.items():
