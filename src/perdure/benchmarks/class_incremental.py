@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from perdure.core.errors import DamagedFile, PerdureError
+from perdure.core.paths import expanded
 from perdure.core.state import as_json, digest, read_json, write_json
 from perdure.data.files import Files
 from perdure.data.folders import folders, pictures, say_odd_kinds
@@ -42,7 +43,7 @@ Loaded = tuple[list[str], Images, Images, str]  # class names, training and test
 
 def root() -> Path:
     """Where data sets lie: ``PERDURE_DATA``, or ``data`` in the working directory."""
-    return Path(os.environ.get("PERDURE_DATA", "data")).expanduser().resolve()
+    return expanded(os.environ.get("PERDURE_DATA", "data")).resolve()
 
 
 def published() -> Any:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
 from perdure.terminal import console
 
 
@@ -17,7 +18,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The HTML file; the PNG lies beside it.")] = None,
 ) -> None:
     """Draw one HTML page and one PNG of one run or several."""
-    finish([run.expanduser() for run in runs], out.expanduser() if out else None)
+    finish([expanded(run) for run in runs], expanded(out) if out else None)
 
 
 def export(

@@ -9,6 +9,7 @@ import typer
 
 from perdure.cli.results import check_page, finish, page_of, read_metrics
 from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
 from perdure.terminal import console
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.")]
@@ -41,7 +42,7 @@ def run(
         )
         raise PerdureError(f"{' and '.join(missing)} missing. {hint}")
     names = f"{launch.method_entry(method).name}-{find_stream(stream)[1]}"
-    folder = (out or Path("runs") / f"{names}-{seed if seeds == 1 else f'{seeds}-seeds'}").expanduser()
+    folder = expanded(out or Path("runs") / f"{names}-{seed if seeds == 1 else f'{seeds}-seeds'}")
     launch.begin(
         method, stream, folder, seed=seed, seeds=seeds, overwrite=overwrite, preset=preset,
         assignments=assignments or [], go_on=go_on,
@@ -69,7 +70,7 @@ def resume(
     if run is None:
         list_runs(Path("runs"))
         return
-    run = run.expanduser()
+    run = expanded(run)
     check_page(page_of([run]))  # before the work, not after it
     several = launch.seed_folders(run)
     for one in several or [run]:
@@ -102,7 +103,7 @@ def demo(out: Out = None) -> None:
     """Watch a small CLIP learn eight tasks in a row: what it forgot, and what it would have known."""
     from perdure import launch
 
-    folder = out.expanduser() if out else launch.demo_folder(Path("runs"))
+    folder = expanded(out) if out else launch.demo_folder(Path("runs"))
     runs = [folder / method for method in launch.DEMO]
     for one in runs:
         if not (one / "config.json").exists():

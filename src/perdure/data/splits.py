@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from perdure.core.errors import PerdureError, unknown
+from perdure.core.paths import expanded
 from perdure.core.seeding import derive
 from perdure.core.state import as_json, digest, read_json
 from perdure.data.task import Class, Images, Stream, Task
@@ -114,9 +115,9 @@ def listed(order: str) -> Any:
             return json.loads(order)
         except json.JSONDecodeError as error:
             raise PerdureError(f"class_order={order:.80} is no JSON list of class names: {error}.") from None
-    if not Path(order).expanduser().is_file():
+    if not os.path.isfile(expanded(order)):
         raise PerdureError(
             f"class_order={order} is neither a seed (a number) nor a file. Give a seed, or a JSON file that lists the "
             "class names; of a run that was begun with it: put the file back where it was."
         )
-    return read_json(Path(order).expanduser())
+    return read_json(expanded(order))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from perdure.core.config import options, resolve
 from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
 from perdure.core.precision import precision_of
 from perdure.core.state import read_json
 from perdure.data.splits import reordered
@@ -63,10 +64,10 @@ class Settings:
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise PerdureError("device=cuda: torch finds no CUDA device here. Use device=cpu.")
-        model = Path(self.model).expanduser()
+        model = expanded(self.model)
         return replace(
             self,
-            model=str(model.resolve()) if self.model and model.is_dir() else self.model or "stream",
+            model=str(model.resolve()) if self.model and os.path.isdir(model) else self.model or "stream",
             class_order=kept_order(self.class_order),
             labels=stream.labels if self.labels == "stream" else self.labels,  # type: ignore[arg-type]
             task_id=stream.task_id if self.task_id == "stream" else self.task_id,  # type: ignore[arg-type]
@@ -84,8 +85,9 @@ class Settings:
 
 def kept_order(order: str) -> str:
     """A class order as a run keeps it: what a file lists, so that the file may go away; a seed as it is."""
-    path = Path(order).expanduser()
-    return json.dumps(read_json(path), ensure_ascii=False) if order and path.is_file() else order
+    if not order or order.startswith("[") or not os.path.isfile(expanded(order)):
+        return order
+    return json.dumps(read_json(expanded(order)), ensure_ascii=False)
 
 
 def load_clip(config: Mapping[str, Any], data: Stream) -> CLIP:

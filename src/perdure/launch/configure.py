@@ -16,6 +16,7 @@ from perdure.benchmarks.class_incremental import root
 from perdure.core.caller import undisturbed
 from perdure.core.config import options, pairs, resolve
 from perdure.core.errors import PerdureError, unknown
+from perdure.core.paths import expanded
 from perdure.data.task import Stream
 from perdure.engine.environment import environment
 from perdure.engine.run import FORMAT
@@ -36,7 +37,7 @@ def to_stderr(text: str) -> None:
 
 def read_preset(name: str) -> dict[str, Any]:
     """A preset by name, or from a YAML file: method, stream and option values."""
-    named, path = PRESETS / f"{name}.yaml", Path(name).expanduser()
+    named, path = PRESETS / f"{name}.yaml", expanded(name)
     if not named.is_file() and not path.is_file():
         known = [p.name.removesuffix(".yaml") for p in PRESETS.iterdir() if p.name.endswith(".yaml")]
         raise unknown("preset or preset file", name, known)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
 from perdure.core.seeding import reseed
 from perdure.core.state import write_json
 from perdure.data.task import Query, Stream
@@ -28,7 +29,7 @@ def export(folder: Path, out: Path, task: int | None = None) -> str:
     checked before the work; ``out`` appears whole or not at all. Returns what was written and what plain transformers will
     not load, in words.
     """
-    folder, out = folder.expanduser(), out.expanduser()
+    folder, out = expanded(folder), expanded(out)
     with undisturbed():
         config, data, method = reopen(folder)
         done = finished(folder, data, task)

@@ -11,6 +11,7 @@ import torch
 from perdure.core.caller import undisturbed
 from perdure.core.config import options, pairs, resolve
 from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
 from perdure.data.task import silent
 from perdure.engine.settings import Settings
 from perdure.launch.sources import stream_of
@@ -31,7 +32,7 @@ def generate(
     del known["pairs"]
     given, complaints = pairs(assignments)
     with undisturbed():
-        data, out = stream_of(stream), out.expanduser()
+        data, out = stream_of(stream), expanded(out)
         suits = {key: value for key, value in data.defaults.get("all", {}).items() if key in known}
         values = resolve(known, suits, given, complaints=complaints)
         settings = Settings(**{k: values.pop(k) for k in GENERAL}).settled(data)

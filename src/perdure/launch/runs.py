@@ -13,6 +13,7 @@ import numpy as np
 from perdure.core.caller import undisturbed
 from perdure.core.config import resolve
 from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
 from perdure.core.state import write_json
 from perdure.data.task import Stream
 from perdure.engine.environment import environment
@@ -91,7 +92,7 @@ def run(
     ears = listening(watcher)
     with undisturbed():
         names = find_method(method)[0].name, find_stream(stream)[1]
-        folder = Path(out).expanduser() if out else Path("runs") / f"{names[0]}-{names[1]}-{seed}"
+        folder = expanded(out) if out else Path("runs") / f"{names[0]}-{names[1]}-{seed}"
         begin(
             method, stream, folder, seed=seed, overwrite=overwrite, preset=preset, assignments=values, warn=ears.warn
         )  # fmt: skip
@@ -137,7 +138,7 @@ def resume(
 
     ``method`` and ``stream``: what a run of objects was begun with; else they are found again.
     """
-    folder, ears = Path(folder).expanduser(), listening(watcher)
+    folder, ears = expanded(folder), listening(watcher)
     with undisturbed(), coming_back(folder):
         config, data, built = reopen(folder, method, stream)
         settings = Settings.recorded(config["settings"])

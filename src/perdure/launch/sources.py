@@ -19,6 +19,7 @@ from typing import Any
 
 from perdure.benchmarks import STREAMS
 from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
 from perdure.core.registry import Entry, Registry
 from perdure.core.state import digest
 from perdure.data.task import Stream
@@ -111,7 +112,7 @@ def from_file(
 ) -> tuple[Entry[Any], Source]:
     """The entry that a file brings, and its source. ``alone`` finds what it defines without registering."""
     place, _, name = word.rpartition(":") if ".py:" in word else (word, "", "")
-    path = Path(place).expanduser().resolve()
+    path = expanded(place).resolve()
     if not path.is_file():
         raise PerdureError(
             f"There is no file {path}. Give the path of a Python file, or a name: perdure {registry.kind}s."

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -33,7 +34,7 @@ class Place:
 
 def locate(path: str) -> Place:
     """Find a checkpoint by its configuration file alone; the network is asked only for names like ``owner/name``."""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if path and folder.is_dir():
         check_kind(path, folder / "config.json")
         return Place(str(folder))

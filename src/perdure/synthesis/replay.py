@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import AfterValidator, Field
 
 from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
 from perdure.core.seeding import derive
 from perdure.core.state import only_one, read_json
 from perdure.data.task import Context, silent
@@ -21,12 +22,12 @@ from perdure.synthesis.store import COLLECTED, Pairs, Store, seal
 
 def absolute(path: str) -> str:
     """``path`` so that it means the same in another working directory; names of what is no file stay."""
-    named, place = not path or path in ("stream", "imagenet"), Path(path).expanduser()
+    named, place = not path or path in ("stream", "imagenet"), expanded(path)
     return path if named or not place.exists() else str(place.resolve())
 
 
 Local = AfterValidator(absolute)
-Folder = AfterValidator(lambda path: str(Path(path).expanduser().resolve()) if path else path)
+Folder = AfterValidator(lambda path: str(expanded(path).resolve()) if path else path)
 
 
 @dataclass(frozen=True)
