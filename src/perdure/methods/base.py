@@ -132,8 +132,7 @@ class Method(Learner):
     # ---- what it brings
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Modules of its own by name, inside the towers or beside them, on the model's device, made in ``bind`` or from
-        state: saved alone, and restored after the state."""
+        """Its own by name, in the towers or beside, made in ``bind`` or from state: saved alone, restored after the state."""
         return {}
 
     def material(self, task: Task) -> Task:
