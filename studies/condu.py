@@ -219,13 +219,13 @@ def tsne(runs: Path, seeds: int, jobs: int) -> None:
     method, stream = learned(runs, 0, {})
     images = [t.test.spread(60) for t in stream.tasks]
     method.clip.load_weights("pretrained", method.clip.pretrained)
-    before = [method.clip.features(x.pixels) for x in images]
+    before = [method.clip.embeddings(x.pixels) for x in images]
     after = []
     for k, x in enumerate(images):
         (expert,) = method.experts(Query(x.pixels, (), k))
         assert expert.weights is not None
         method.clip.load_weights(expert.name, expert.weights)
-        after.append(method.clip.features(x.pixels))
+        after.append(method.clip.embeddings(x.pixels))
     prototypes = list(method.state.prototypes.values())
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     panels = (("pre-trained features and prototypes (+)", [*before, *prototypes]),

@@ -84,13 +84,13 @@ def test_the_vote_is_the_weighted_sum_and_asks_only_who_is_needed(
         clip.load_weights(expert.name, expert.weights)
         wanted += torch.as_tensor(expert.gate).unsqueeze(1) * method.logits(query)
     seen: list[int] = []
-    encode = CLIP.encode_image
+    prepare = CLIP.pixels
 
     def counted(self: CLIP, images: torch.Tensor) -> torch.Tensor:
         seen.append(len(images))
-        return encode(self, images)
+        return prepare(self, images)
 
-    monkeypatch.setattr(CLIP, "encode_image", counted)
+    monkeypatch.setattr(CLIP, "pixels", counted)
     found = method.predict(query)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert sum(seen) == 2 * len(images)  # K + 1 passes an image: the pre-trained features serve the choice and the vote

@@ -132,7 +132,7 @@ def test_prototypes_and_rescalers_are_the_release_s() -> None:
         prototypes = method.state.prototypes[f"Task{n}"]
         assert torch.allclose(prototypes, t[f"prototypes/{n}"], rtol=0, atol=allowed["prototypes_abs"])
     assert method.state.rescaler == pytest.approx(about["rescalers_session2"], rel=1e-5)
-    features = method.clip.features(t["test_images"])
+    features = method.clip.embeddings(t["test_images"])
     nearness = torch.stack([best_similarity(features, p) for p in method.state.prototypes.values()], 1)
     assert torch.allclose(nearness, t["similarities"], rtol=0, atol=allowed["similarities_abs"])
 
@@ -271,7 +271,7 @@ def test_four_experts_and_the_pretrained_model_answer_unless_told_otherwise() ->
     clip = tiny_clip(about, part(t, "pretrained/"), {})
     method = ConDU()
     method.bind(clip)
-    features = clip.features(t["test_images"][:4])
+    features = clip.embeddings(t["test_images"][:4])
     for number in range(6):  # prototypes of one class each
         name = f"Task{number}"
         method.state.order.append(name)

@@ -253,7 +253,7 @@ def test_images_that_are_not_alike_are_joined(tmp_path: Path, clip: CLIP) -> Non
     shades = (whole[torch.tensor([6, 0, 3, 4])] * 255).mean((1, 2, 3))
     torch.testing.assert_close(shades, torch.tensor([200.0, 30.0, 80.0, 90.0]), atol=0.5, rtol=0)
     assert whole[:].shape == (7, 3, 32, 32) and [len(p) for p in whole.split(3)] == [3, 3, 1]
-    assert clip.features(whole).shape[0] == 7 and len(take(whole, torch.tensor([1, 5]))) == 2
+    assert clip.embeddings(whole).shape[0] == 7 and len(take(whole, torch.tensor([1, 5]))) == 2
     alike = joined([grey(2), grey(3)])
     assert isinstance(alike, torch.Tensor) and isinstance(joined([files, files]), Files)
 

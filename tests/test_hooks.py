@@ -16,7 +16,7 @@ from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.packing import Frozen, pack, unpack
 from perdure.data.task import Batch, Query, Stream
-from perdure.engine.evaluate import Protocol, evaluate, gap
+from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap
 from perdure.methods.base import Expert, Method, Recipe, State
 from perdure.methods.compose import Compose
 from perdure.models.clip import CLIP
@@ -214,7 +214,7 @@ def test_an_evaluation_leaves_the_model_as_it_was(clip: CLIP, stream: Stream) ->
     moved = {k: v + 0.01 if v.is_floating_point() else v for k, v in clip.weights().items()}
     clip.load_weights("moved", moved)
     evaluate(method, stream, Protocol("task", "known"), 1)
-    gap(method, stream)
+    gap(method, for_gap(stream))
     assert clip.holds == "moved" and same_bits(clip.weights(), moved)
 
 

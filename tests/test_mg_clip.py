@@ -11,7 +11,7 @@ import torch
 from perdure import launch
 from perdure.core.errors import PerdureError
 from perdure.data.task import Images, Query, Stream
-from perdure.engine.evaluate import gap
+from perdure.engine.evaluate import for_gap, gap
 from perdure.methods.base import Method, Recipe
 from perdure.methods.compose import Compose
 from perdure.methods.condu import ConDU
@@ -49,7 +49,7 @@ def test_angle_and_distance_between_the_cones() -> None:
 def test_classes_without_a_row_keep_what_the_text_says() -> None:
     text = softmax(torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 3.0]]))
     visual = softmax(torch.tensor([[0.0, 5.0], [1.0, 0.0]]))
-    mixed = mix(text, visual, torch.tensor([0, 2]), 1.0, 4.0)
+    mixed = mix(text, visual, [0, 2], 1.0, 4.0)
     assert torch.allclose(mixed.sum(1), torch.ones(2)) and torch.equal(mixed[:, 1], text[:, 1])
     every = mix(text[:, :2] / text[:, :2].sum(1, keepdim=True), visual, torch.arange(2), 1.0, 4.0)
     first = text[:, :2] / text[:, :2].sum(1, keepdim=True)
@@ -183,4 +183,4 @@ def test_a_run_records_the_gap_of_any_method(short_run: Run, clip: CLIP, stream:
     assert m["gap"][3] != m["gap"][0] == short_run("condu")["gap"][3]  # ConDU's home is the pre-trained model
     method = Method(Recipe())
     method.bind(clip)
-    assert set(gap(method, replace(stream, probe=None))) == set(m["gap"][0])  # on the tasks' own images
+    assert set(gap(method, for_gap(replace(stream, probe=None)))) == set(m["gap"][0])  # on the tasks' own images

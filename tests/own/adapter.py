@@ -42,7 +42,7 @@ class Adapter(Method):
         return Schedule(steps=0, lr=0.0, warmup=0, batch_size=1)  # the towers learn nothing
 
     def calibrate(self, task: Task) -> None:
-        features, labels = self.clip.features(task.train.pixels), task.train.labels.to(self.clip.device)
+        features, labels = self.clip.embeddings(task.train.pixels), task.train.labels.to(self.clip.device)
         texts = self.clip.class_texts([[p] for p in task.prompts()])
         plan = Schedule(
             steps=0, epochs=6, lr=self.config.lr, warmup=0, batch_size=16, optimizer="sgd", milestones=(2, 4)

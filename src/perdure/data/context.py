@@ -26,7 +26,7 @@ class Context:
     ``folder`` is where it may keep what can be made again (None: nowhere); ``stream``, ``generator`` and ``vocabulary`` are
     the stream's; ``drawn(done, total, new)`` hears how the drawing of images goes, ``warn(text)`` what
     someone should know. ``tasks`` are those of the stream: a method that replays real images keeps their numbers as state,
-    and takes the images themselves from there.
+    and takes the images themselves from there. ``labels``: the classes that compete, as the protocol of a run has it.
     """
 
     seed: int = 0
@@ -37,6 +37,7 @@ class Context:
     drawn: OnDraw = silent
     warn: Callable[[str], None] = silent
     tasks: tuple[Task, ...] = ()
+    labels: str = "task"
 
     def images(self, task: str, index: Tensor) -> Images:
         """Training images of a task by its name, those numbered ``index`` (n,)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,24 @@ Pixels = Any  # (N, 3, H, W) uint8, or float in 0 … 1: a Tensor, Files or Join
 def take(pixels: Pixels, index: Tensor) -> Pixels:
     """The images numbered ``index``; files stay unread."""
     return pixels.select(index) if isinstance(pixels, Files) else pixels[index]  # joined ones are read
+
+
+def copies(pixels: Pixels) -> list[Tensor]:
+    """The numbers of images that are copies of one another, bit for bit: a group (2 or more) an image."""
+    places: dict[bytes, list[int]] = {}
+    for number, mark in enumerate(marks(pixels)):
+        places.setdefault(mark, []).append(number)
+    return [torch.tensor(group) for group in places.values() if len(group) > 1]
+
+
+def marks(pixels: Pixels) -> Iterator[bytes]:
+    """A digest of each image: of its pixels, or of its file as it lies there."""
+    if isinstance(pixels, Joined):
+        yield from (mark for part in pixels.parts for mark in marks(part))
+    elif isinstance(pixels, Files):
+        yield from (hashlib.sha256(path.read_bytes()).digest() for path in pixels.paths)
+    else:
+        yield from (hashlib.sha256(image.cpu().numpy().tobytes()).digest() for image in pixels)
 
 
 def joined(parts: Sequence[Pixels]) -> Pixels:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
+from perdure.core.features import Features
 from perdure.core.seeding import derive
 from perdure.data.batch import Batch
 from perdure.data.checks import are_pixels, check_labels, check_range, check_texts, described
@@ -147,10 +148,12 @@ class Stream:
     vocabulary: tuple[Class, ...] = ()
 
     def context(
-        self, seed: int = 0, folder: Path | None = None, drawn: OnDraw = silent, warn: Callable[[str], None] = silent
-    ) -> Context:
+        self, seed: int = 0, folder: Path | None = None, drawn: OnDraw = silent, warn: Callable[[str], None] = silent,
+        labels: str = "",
+    ) -> Context:  # fmt: skip
         """What a run of this stream offers its method."""
-        return Context(seed, folder, self.name, self.generator, self.vocabulary, drawn, warn, self.tasks)
+        offered = self.generator, self.vocabulary, drawn, warn, self.tasks, labels or self.labels
+        return Context(seed, folder, self.name, *offered)
 
     def __post_init__(self) -> None:
         names = [t.name for t in self.tasks]
@@ -222,20 +225,24 @@ class Query:
     """A question: which of ``classes`` does each image show?
 
     images: (N, 3, H, W) uint8, in memory or in files. ``task`` is the number of the task the images belong to, or None
-    where it is hidden or the images belong to none; only the protocol sets it. ``embedded`` (N, D): the images' unit
-    embeddings, where they are known already.
+    where it is hidden or the images belong to none; only the protocol sets it. ``features``: what a tower made of the
+    images, where that is known already. ``whole``: the images that these are the numbered rows of, where all are asked.
     """
 
     images: Pixels
     classes: Sequence[Class]
     task: int | None = None
-    embedded: Tensor | None = None
+    features: Features | None = None
+    whole: tuple[Pixels, Tensor] | None = None
 
     def part(self, rows: Tensor) -> Query:
         """The images numbered ``rows``."""
-        known = None if self.embedded is None else self.embedded[rows.to(self.embedded.device)]
-        return replace(self, images=take(self.images, rows), embedded=known)
+        known = None if self.features is None else self.features[rows]
+        return replace(self, images=take(self.images, rows), features=known)
 
-    def parts(self, size: int) -> list[Query]:
-        """The query, ``size`` images at a time."""
-        return [self.part(rows) for rows in torch.arange(len(self.images)).split(size)]
+    def parts(self, rows: Tensor, size: int) -> list[Query]:
+        """The images numbered ``rows``, ``size`` at a time."""
+        parts = [self.part(some) for some in rows.split(size)]
+        if len(rows) < len(self.images):
+            return parts
+        return [replace(part, whole=(self.images, some)) for part, some in zip(parts, rows.split(size), strict=True)]

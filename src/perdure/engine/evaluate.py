@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -54,19 +54,22 @@ def evaluate(method: Method, stream: Stream, protocol: Protocol, seen: int) -> d
     }
 
 
-@torch.no_grad()
-def gap(method: Method, stream: Stream, images: int = 256) -> dict[str, float]:
-    """The modality gap on ``images`` images of the probe (spread over the tasks' test images, where a stream has no probe),
-    by the weights whose features a head would stand on."""
+def for_gap(stream: Stream, images: int = 256) -> list[Probe | Task]:
+    """What the modality gap is measured on: ``images`` images of the probe, or of all tasks where there is none."""
     asked: Sequence[Probe | Task] = [stream.probe] if stream.probe else stream.tasks
-    seen = [part.test.spread(max(1, images // len(asked))) for part in asked]
+    return [replace(part, test=part.test.spread(max(1, images // len(asked)))) for part in asked]
+
+
+@torch.no_grad()
+def gap(method: Method, asked: Sequence[Probe | Task]) -> dict[str, float]:
+    """The modality gap on the test images of ``asked``, by the weights whose features a head would stand on."""
     first = torch.tensor([0, *(len(part.classes) for part in asked)]).cumsum(0).tolist()
     clip = method.clip
     with clip.preserved():
-        method.load_expert(method.base_expert())
+        method.load_expert(method.head_expert())
         texts = clip.class_texts([c.prompts()[:1] for part in asked for c in part.classes])
-        embedded = torch.cat([clip.features(part.pixels) for part in seen])
-    labels = torch.cat([part.labels + shift for part, shift in zip(seen, first, strict=False)])
+        embedded = torch.cat([clip.embeddings(part.test.pixels) for part in asked])
+    labels = torch.cat([part.test.labels + shift for part, shift in zip(asked, first, strict=False)])
     return measure(embedded, texts, labels.to(texts.device), clip.scale.item())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from perdure.core.state import as_json, digest, only_one, write_json
 from perdure.data.task import Batch, Context, Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
-from perdure.engine.evaluate import Protocol, evaluate, gap, per_cent, summarise
+from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent, summarise
 from perdure.engine.settings import Settings, load_clip
 from perdure.engine.watcher import Watcher
 from perdure.methods.base import Method
@@ -91,6 +92,7 @@ class Loop:
         self.rows = [saved.files["hits"] for saved in done]
         self.records = [saved.record for saved in done]
         self.phases: dict[str, Losses] = {}
+        self.gap_images = for_gap(stream)
         shown = [self.shown(hits) for hits in self.rows]
         watcher.begins([t.name for t in stream.tasks], [a for a, _ in shown], [p for _, p in shown if p is not None])
 
@@ -102,11 +104,10 @@ class Loop:
             self.watcher.evaluates()
             born = Method()
             born.join(clip, Context())
-            hits, found = evaluate(born, self.stream, self.protocol, 0), gap(born, self.stream)
+            hits, found = self.evaluated(born, 0)
         reseed(self.config["seed"], "bind")
-        self.method.bind(
-            clip, self.stream.context(self.config["seed"], self.folder, self.watcher.draws, self.watcher.warn)
-        )
+        heard = self.watcher.draws, self.watcher.warn
+        self.method.bind(clip, self.stream.context(self.config["seed"], self.folder, *heard, self.protocol.labels))
         self.method.lend(self.train)
         if done:
             done[-1].restore(self.method)
@@ -129,10 +130,7 @@ class Loop:
         trained = time.perf_counter()
         self.watcher.evaluates()
         held = self.method.clip.holds
-        hits = (
-            self.rows[-1] if self.same_as_before(number) else evaluate(self.method, self.stream, self.protocol, number)
-        )
-        found = gap(self.method, self.stream)
+        hits, found = self.evaluated(self.method, number)
         assert self.method.clip.holds == held, "an evaluation must leave the model as it was"
         self.keep(number, name, hits, found, losses, (start, trained))
         return True
@@ -148,6 +146,7 @@ class Loop:
             "number": number,
             "losses": losses,
             "phases": self.phases,
+            "remarks": self.method.remarks() if number else {},
             "gap": found,
             "seconds": {"train": round(trained - start, 3), "evaluate": round(time.perf_counter() - trained, 3)},
             "peak_memory_mb": peak_memory_mb(),
@@ -158,6 +157,14 @@ class Loop:
         self.rows.append(hits)
         write_json(self.folder / "metrics.json", self.metrics())
         self.watcher.row(*self.shown(hits))
+
+    def evaluated(self, method: Method, number: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """A row's hits and modality gap. What weights that never change make of the stream is worked out once a run; modules
+        of a method's own may act on the towers, so there it is not."""
+        with method.clip.remembering(not method.modules()):
+            same = number > 0 and self.same_as_before(number)
+            hits = self.rows[-1] if same else evaluate(method, self.stream, self.protocol, number)
+            return hits, gap(method, self.gap_images)
 
     def same_as_before(self, number: int) -> bool:
         """Whether a row must equal the one above: nothing was learned since, and nothing else is asked."""
@@ -171,16 +178,26 @@ class Loop:
         if task is None or not method.learns:
             return Losses()
         method.start(task)
+        if method.foresees():
+            with self.before_the_head():
+                method.foresee(task)
         material = method.material(task)
         method.begin_task(material)
         losses = fit(method, material, generator, clip.size, clip.device, self.settings.precision, self.watcher.step)
         if losses.steps:
             clip.trained(f"trained {task.name}", method.parameters().values())
         method.fuse(task)
-        with clip.preserved():
-            method.load_expert(method.base_expert())
+        with self.before_the_head():
             method.calibrate(task)
         return losses
+
+    @contextlib.contextmanager
+    def before_the_head(self) -> Iterator[None]:
+        """Meanwhile, the model holds the weights that a head stands on."""
+        method, clip = self.method, self.method.clip
+        with clip.preserved(), clip.remembering(not method.modules()):
+            method.load_expert(method.head_expert())
+            yield
 
     def train(self, learner: Stepper, schedule: Schedule, draws: Iterator[Batch], name: str) -> Losses:
         """What a method is lent for a phase of its own: the run's device, precision and progress, and a place in the record."""
@@ -223,6 +240,7 @@ class Loop:
                 for r in self.records
                 if r.get("phases")
             },
+            "remarks": {r["task"]: r["remarks"] for r in self.records if r.get("remarks")},
             "protocol": {"labels": self.protocol.labels, "task_id": self.protocol.task_id},
             "config": {**c["options"], **asdict(self.settings)},
             "environment": c["environment"],

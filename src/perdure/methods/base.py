@@ -19,9 +19,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from perdure.core.features import Features
 from perdure.core.packing import kinds, pack, unpack
 from perdure.core.registry import Registry, Row
 from perdure.core.weights import Weights
+from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification
@@ -42,14 +44,14 @@ class State:
 class Expert:
     """Weights that answer, and their say. ``weights`` None: those that the model holds after the last task.
 
-    ``gate``: one for all images, or one an image (N,); where it is 0 the expert is not asked. ``embedded`` (N, D): the
-    images' unit embeddings by these weights, where they are known already.
+    ``gate``: one for all images, or one an image (N,); where it is 0 the expert is not asked. ``features``: of the images
+    by these weights, where they are known already.
     """
 
     name: str
     weights: Weights | None = None
     gate: float | Tensor = 1.0
-    embedded: Tensor | None = None
+    features: Features | None = None
 
 
 class Method(Learner):
@@ -170,8 +172,23 @@ class Method(Learner):
 
     # ---- answer
 
+    def stands_on(self) -> Expert | None:
+        """The weights whose features the answer role wants; None: those of ``base_expert``."""
+        return None
+
+    def head_expert(self) -> Expert:
+        """The weights whose features a head is fitted on, and answers on."""
+        return self.stands_on() or self.base_expert()
+
+    def foresees(self) -> bool:
+        """Whether ``foresee`` is to be called."""
+        return type(self).foresee is not Method.foresee
+
+    def foresee(self, task: Task) -> None:
+        """Before learning: look at the task by the weights of ``head_expert``, which the model holds now."""
+
     def calibrate(self, task: Task) -> None:
-        """After fusing: fit what stands on top of the features of ``base_expert``, which the model holds now."""
+        """After fusing: fit what stands on top of the features of ``head_expert``, which the model holds now."""
 
     def logits(self, query: Query) -> Tensor:
         """(N, C) logits of the weights the model holds now."""
@@ -180,14 +197,23 @@ class Method(Learner):
 
     def embed(self, query: Query) -> Tensor:
         """The query's images as unit embeddings (N, D), by the weights the model holds now."""
-        return self.clip.encode_image(query.images[:]) if query.embedded is None else query.embedded
+        if query.features is not None:
+            return query.features.embedded
+        if query.whole is not None and self.clip.remembers:
+            images, rows = query.whole
+            return self.clip.embeddings(images)[rows.to(self.clip.device)]
+        return self.clip.encode_image(query.images[:])
+
+    def look(self, images: Pixels) -> Features:
+        """What a head is given of images, by the weights of ``head_expert``, which the model holds now."""
+        return self.clip.features(images)
 
     def finalize(self, query: Query, logits: Tensor) -> Tensor:
-        """(N, C): the answer, of Σ gate × logits over the experts and the features of ``base_expert``, ``query.embedded``."""
+        """(N, C): the answer, of Σ gate × logits over the experts and what ``look`` gave, ``query.features``."""
         return logits
 
     def finalizes(self) -> bool:
-        """Whether ``finalize`` is more than handing through: only then are the features of ``base_expert`` worked out."""
+        """Whether ``finalize`` is more than handing through: only then are the features of ``head_expert`` worked out."""
         return type(self).finalize is not Method.finalize
 
     def predict(self, query: Query) -> Tensor:
@@ -199,19 +225,17 @@ class Method(Learner):
         """``predict`` for many queries: an expert's weights are loaded once for all, and it sees only the images that
         need it, ``size`` at a time. The model is left as it was found."""
         with self.clip.preserved():
-            base = self.base_expert()
+            base = self.head_expert()
             if self.finalizes():
                 self.load_expert(base)
-                queries = [replace(q, embedded=torch.cat([self.embed(x) for x in q.parts(size)])) for q in queries]
+                queries = [replace(query, features=self.look(query.images)) for query in queries]
             plans = [self.experts(query) for query in queries]
             totals = [torch.zeros(len(q.images), len(q.classes), device=self.clip.device) for q in queries]
             for name in dict.fromkeys(expert.name for plan in plans for expert in plan):
                 for query, plan, total in zip(queries, plans, totals, strict=True):
                     for expert in (e for e in plan if e.name == name):
-                        known = query.embedded if name == base.name else expert.embedded
-                        self.add(
-                            expert, replace(query, embedded=expert.embedded if known is None else known), total, size
-                        )
+                        known = query.features if name == base.name and expert.features is None else expert.features
+                        self.add(expert, replace(query, features=known), total, size)
             return [self.finalize(query, total) for query, total in zip(queries, totals, strict=True)]
 
     def load_expert(self, expert: Expert) -> None:
@@ -228,10 +252,14 @@ class Method(Learner):
         if not len(rows):
             return
         self.load_expert(expert)
-        for part in rows.split(size):
-            total[part] += gate[part].unsqueeze(1).to(total.device) * self.logits(query.part(part))
+        for some, part in zip(rows.split(size), query.parts(rows, size), strict=True):
+            total[some] += gate[some].unsqueeze(1).to(total.device) * self.logits(part)
 
-    # ---- state
+    # ---- what it has to say, and state
+
+    def remarks(self) -> dict[str, float]:
+        """What the last task's learning came to, beyond losses, by name: it stands in the record and the report."""
+        return {}
 
     def answer_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """What the answer role knows beyond the weights, as ``pack_state`` has it: what an export must not leave out."""

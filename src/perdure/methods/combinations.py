@@ -4,6 +4,8 @@ gift+condu           experts taught with GIFT's replay, unified by ConDU
 gift+mg_clip         GIFT, and MG-CLIP's head on the image features it leaves
 condu+mg_clip        ConDU, and MG-CLIP's head on the pre-trained features, which never change
 gift+condu+mg_clip   all three
+finetune+ridge       sequential fine-tuning, and a ridge head on the pre-trained features
+condu+ridge          ConDU's experts, and a ridge head on the pre-trained features
 """
 
 from __future__ import annotations
@@ -23,4 +25,12 @@ METHODS.add(
 METHODS.add(
     "gift+condu+mg_clip", Row(learn=("gift", {}), fuse=("condu", {}), answer=("mg_clip", {})),
     "GIFT's replay, ConDU's fusion, MG-CLIP's head.",
+)  # fmt: skip
+METHODS.add(
+    "finetune+ridge", Row(learn=("finetune", {}), answer=("ridge", {})),
+    "Sequential fine-tuning, with a ridge head on the pre-trained image features.",
+)  # fmt: skip
+METHODS.add(
+    "condu+ridge", Row(learn=("finetune", {}), fuse=("condu", {}), answer=("ridge", {})),
+    "ConDU's experts, with a ridge head on the pre-trained image features.",
 )  # fmt: skip

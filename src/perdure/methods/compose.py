@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from perdure.core.features import Features
+from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
 from perdure.methods.base import Expert, Method, Trainer
 from perdure.models.clip import CLIP
@@ -77,11 +79,26 @@ class Compose(Method):
     def base_expert(self) -> Expert:
         return self.fuser.base_expert()
 
+    def stands_on(self) -> Expert | None:
+        return self.answerer.stands_on()
+
+    def foresees(self) -> bool:
+        return self.answerer.foresees()
+
+    def foresee(self, task: Task) -> None:
+        self.answerer.foresee(task)
+
+    def remarks(self) -> dict[str, float]:
+        return {name: value for part in self.distinct().values() for name, value in part.remarks().items()}
+
     def calibrate(self, task: Task) -> None:
         self.answerer.calibrate(task)
 
     def logits(self, query: Query) -> Tensor:
         return self.answerer.logits(query)
+
+    def look(self, images: Pixels) -> Features:
+        return self.answerer.look(images)
 
     def finalizes(self) -> bool:
         return self.answerer.finalizes()

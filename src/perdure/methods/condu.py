@@ -181,8 +181,8 @@ class ConDU(Method):
         if not s.order or not self.config.experts:
             return (Expert("pretrained", pretrained),)
         clip.load_weights("pretrained", pretrained)
-        features = clip.features(query.images) if query.embedded is None else query.embedded
-        nearness = torch.stack([best_similarity(features, s.prototypes[name]) for name in s.order], dim=1)
+        features = clip.features(query.images) if query.features is None else query.features
+        nearness = torch.stack([best_similarity(features.embedded, s.prototypes[name]) for name in s.order], dim=1)
         gates = fusion.shares(nearness, self.config.experts, self.config.weighting)
         return (
             Expert("pretrained", pretrained, gates[:, 0], features),

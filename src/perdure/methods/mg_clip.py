@@ -37,10 +37,10 @@ from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Class, Context, Query, Task
-from perdure.methods.base import Method, Recipe, State, register
+from perdure.methods.base import Expert, Method, Recipe, State, register
 from perdure.models import lora
 from perdure.models.clip import CLIP
-from perdure.models.heads import CosineHead, Row, mix, places, softmax
+from perdure.models.heads import CosineHead, Gate, Row, known, mix, places, softmax
 from perdure.ops.gap import logit_means, relative_change
 from perdure.ops.losses import classification
 from perdure.ops.prototypes import class_means
@@ -59,6 +59,11 @@ class Compensation:
     softmax: Annotated[Literal["single", "double"], Field(description="of the text logits, before they are mixed")] = (
         "double"
     )
+    gate: Annotated[Gate, Field(description="how classes without a row are kept: see docs/ridge.md")] = "mass"
+    on: Annotated[
+        Literal["drifting", "pretrained"],
+        Field(description="the weights whose features the head stands on: those that answer, or the pre-trained ones"),
+    ] = "drifting"
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ class MGCLIP(Method):
     def means(self, pixels: Pixels, labels: Tensor, classes: tuple[Class, ...]) -> tuple[float, float]:
         """The mean logits of right and wrong classes, each asked with its training prompt."""
         texts = self.clip.encode_text([c.prompts()[0] for c in classes])
-        images = self.clip.features(pixels)
+        images = self.clip.embeddings(pixels)
         size = self.config.batch_size if self.config.gap_mean == "batches" else None
         return logit_means(self.clip.similarity(images, texts), labels.to(images.device), size)
 
@@ -185,10 +190,13 @@ class MGCLIP(Method):
 
     # ---- compensate
 
+    def stands_on(self) -> Expert | None:
+        return Expert("pretrained", self.clip.pretrained) if self.config.on == "pretrained" else None
+
     def calibrate(self, task: Task) -> None:
         if not self.config.head:
             return
-        features, labels = self.clip.features(task.train.pixels), task.train.labels.to(self.clip.device)
+        features, labels = self.clip.embeddings(task.train.pixels), task.train.labels.to(self.clip.device)
         rows, sizes = class_means(features, labels, len(task.classes))
         there = sizes > 0  # a class without images gets no row: its text answers for it
         rows, labels = rows[there], (there.cumsum(0) - 1)[labels]
@@ -223,13 +231,11 @@ class MGCLIP(Method):
         if not c.head:
             return logits
         text = softmax(logits, 2 if c.softmax == "double" else 1)
-        place = places(self.state.classes)
-        found = [(k, place[x.name, x.templates]) for k, x in enumerate(query.classes) if (x.name, x.templates) in place]
-        if not found or query.embedded is None:
+        columns, rows = known(self.state.classes, query.classes)
+        if not rows or query.features is None:
             return text
-        columns, rows = (torch.tensor(x, device=text.device) for x in zip(*found, strict=True))
-        head = CosineHead(self.state.head["rows"][rows])
-        return mix(text, softmax(head(query.embedded)), columns, c.text_weight, c.head_weight)
+        visual = softmax(CosineHead(self.state.head["rows"][rows])(query.features.embedded))
+        return mix(text, visual, columns, c.text_weight, c.head_weight, c.gate, query.classes)
 
 
 class HeadLearner(Stepper):

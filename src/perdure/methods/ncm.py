@@ -38,7 +38,7 @@ class NearestClassMean(Method):
         return Schedule(steps=0, lr=0.0, warmup=0, batch_size=1)
 
     def calibrate(self, task: Task) -> None:
-        features = self.clip.features(task.train.pixels)
+        features = self.clip.embeddings(task.train.pixels)
         means, sizes = class_means(features, task.train.labels.to(features.device), len(task.classes))
         there = sizes > 0
         old = self.state.means.get("means", means[:0])
@@ -50,8 +50,10 @@ class NearestClassMean(Method):
         place = places(self.state.classes)
         rows = [place.get((c.name, c.templates)) for c in query.classes]
         known = [k for k, row in enumerate(rows) if row is not None]
-        if not known or query.embedded is None:
+        if not known or query.features is None:
             return logits
         out = torch.full_like(logits, -1.0)  # the lowest cosine
-        out[:, known] = CosineHead(self.state.means["means"][[r for r in rows if r is not None]])(query.embedded)
+        out[:, known] = CosineHead(self.state.means["means"][[r for r in rows if r is not None]])(
+            query.features.embedded
+        )
         return out

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
+from perdure.core.features import Features
 from perdure.core.pixels import as_floats
 from perdure.models import loading
 from perdure.models.held import Held
@@ -102,14 +103,42 @@ class CLIP(Held):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit image embeddings (B, D) in fp32, of images as ``pixels`` takes them."""
-        hidden = self.backbone.vision_model(pixel_values=self.pixels(images)).pooler_output
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.normalize(self.backbone.visual_projection(hidden.float()), dim=-1)
+        return self.project(self.backbone.vision_model(pixel_values=self.pixels(images)).pooler_output)
 
-    def features(self, pixels: Any, size: int = 256) -> Tensor:
-        """``encode_image`` of many images (N, 3, H, W), in memory or in files, ``size`` at a time, without gradients."""
+    def project(self, pooled: Tensor) -> Tensor:
+        """What the image tower pools (B, H) → unit embeddings (B, D), in fp32."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            return F.normalize(self.backbone.visual_projection(pooled.float()), dim=-1)
+
+    def features(self, pixels: Any, block: int = 0, grid: int = 1, size: int = 256) -> Features:
+        """Many images (N, 3, H, W), in memory or in files, ``size`` at a time, without gradients. ``block``: of which block,
+        counted from the last one as 1, the patches are wanted, as means over ``grid`` × ``grid`` fields; 0: of none. Kept while
+        ``remembering``. ``PerdureError`` where there is no such block or grid."""
+        vision = self.backbone.config.vision_config
+        side = vision.image_size // vision.patch_size
+        if block > vision.num_hidden_layers or grid > side:
+            raise PerdureError(
+                f"block={block}, grid={grid}: the image tower of {self.path} has {vision.num_hidden_layers} blocks and "
+                f"{side} × {side} patches."
+            )
+
+        def seen(images: Tensor) -> Features:
+            out = self.backbone.vision_model(pixel_values=self.pixels(images), output_hidden_states=block > 0)
+            pooled = out.pooler_output.float()
+            if not block:
+                return Features(self.project(pooled), pooled, pooled[:, :0])
+            fields = out.hidden_states[-block][:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            return Features(self.project(pooled), pooled, F.adaptive_avg_pool2d(fields, grid).flatten(1))
+
+        def all_seen() -> Features:
+            return Features.cat([seen(images) for images in pixels.split(size)])
+
         with torch.no_grad():
-            return torch.cat([self.encode_image(x) for x in pixels.split(size)])
+            return self.recall(("images", id(pixels), block, grid), pixels, all_seen)
+
+    def embeddings(self, pixels: Any) -> Tensor:
+        """``encode_image`` of many images, as ``features`` has it."""
+        return self.features(pixels).embedded
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Unit text embeddings (N, D) in fp32, of token ids (N, L)."""
@@ -125,13 +154,17 @@ class CLIP(Held):
     def class_texts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
         """(C, D): for each class the mean of its prompts' unit embeddings, made unit again.
 
-        Kept while the weights stay; not to be used while they are being trained.
+        Kept while the weights stay, and longer while ``remembering``; not to be used while they are being trained.
         """
         key = tuple(map(tuple, prompts))
-        if key not in self._texts:
+
+        def encoded() -> Tensor:
             flat = torch.cat([self.encode_text(part) for part in chunks([p for ps in prompts for p in ps], 512)])
             means = torch.stack([e.mean(0) for e in flat.split([len(ps) for ps in prompts])])
-            self._texts[key] = F.normalize(means, dim=-1)
+            return F.normalize(means, dim=-1)
+
+        if key not in self._texts:
+            self._texts[key] = self.recall(("texts", key), None, encoded)
         return self._texts[key]
 
     def part_of(self, name: str) -> Part:

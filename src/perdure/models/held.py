@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
+from perdure.core.features import Memory
+from perdure.core.packing import Frozen
 from perdure.core.weights import Weights
 from perdure.models import lora
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,6 +44,9 @@ class Held(nn.Module):
         self.buffers_born = set(self.backbone.state_dict()) - set(self.born)
         self.identity = ""  # the fingerprint of the weights it was born with, once it was asked for
         self._last: Last | None = None
+        self._fixed: object = "pretrained"  # the weights it holds, where they are such as never change; else None
+        self._memory: Memory | None = None
+        self.asked_to_remember = False
 
     def plain(self) -> dict[str, Tensor]:
         """Its own tensors, those it was born with, under their names in a plain ``CLIPModel``, wherever they stand now."""
@@ -86,6 +93,8 @@ class Held(nn.Module):
         lora.silence(self.backbone)
         self.rebased = name != "pretrained"
         self.changed(name)
+        if isinstance(weights, Frozen):
+            self._fixed = weights
 
     @contextlib.contextmanager
     def preserved(self) -> Iterator[None]:
@@ -96,6 +105,28 @@ class Held(nn.Module):
         finally:
             self.load_last()
             self._last = outer
+
+    @contextlib.contextmanager
+    def remembering(self, on: bool = True) -> Iterator[None]:
+        """Meanwhile, what was asked of weights that never change (the pre-trained ones, and ``Frozen``) is not worked out
+        again. For a caller that shows the same image objects, unchanged, and lets nothing but weights act in the towers."""
+        before, self.asked_to_remember = self.asked_to_remember, on
+        self._memory = self._memory or Memory()
+        try:
+            yield
+        finally:
+            self.asked_to_remember = before
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what is asked of the weights it holds is kept."""
+        return self.asked_to_remember and self._fixed is not None and not torch.is_autocast_enabled()
+
+    def recall(self, question: Hashable, about: Any, compute: Callable[[], T]) -> T:
+        """``compute()`` by the weights it holds, or, while ``remembering``, what that gave before; see ``Memory.recall``."""
+        if not self.remembers or self._memory is None:
+            return compute()
+        return self._memory.recall((id(self._fixed), question), (self._fixed, about), compute)
 
     def stash(self) -> None:
         """Inside ``preserved``: keep what it holds, the first time that other weights are loaded."""
@@ -163,3 +194,4 @@ class Held(nn.Module):
     def changed(self, name: str) -> None:
         """Its weights are others now, under this name."""
         self.holds = name
+        self._fixed = name if name == "pretrained" else None

@@ -1,0 +1,60 @@
+"""What a tower makes of images, and what is worth remembering of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Features:
+    """N images as an image tower sees them, in fp32.
+
+    ``embedded`` (N, D): unit, in the space of the texts; ``pooled`` (N, H): before the projection into it; ``patches``
+    (N, H·g²): a block's patches as means over g × g fields; (N, 0) where none were asked for.
+    """
+
+    embedded: Tensor
+    pooled: Tensor
+    patches: Tensor
+
+    def __len__(self) -> int:
+        return len(self.embedded)
+
+    def __getitem__(self, rows: Tensor) -> Features:
+        rows = rows.to(self.embedded.device)
+        return Features(self.embedded[rows], self.pooled[rows], self.patches[rows])
+
+    @staticmethod
+    def cat(parts: list[Features]) -> Features:
+        """Several sets as one."""
+        return Features(*(torch.cat([getattr(p, f) for p in parts]) for f in ("embedded", "pooled", "patches")))
+
+
+class Memory:
+    """Results that stay true, by question; the oldest leave when more than ``most`` bytes are kept."""
+
+    def __init__(self, most: int = 1 << 30):
+        self.most, self.kept = most, {}  # type: tuple[int, dict[Hashable, tuple[Any, Any]]]
+
+    def recall(self, question: Hashable, about: Any, compute: Callable[[], T]) -> T:
+        """``compute()``, or what it gave for the same question before.
+
+        ``about``: the objects whose ids are part of the question; they are held, so that no others get those ids.
+        """
+        if question not in self.kept:
+            self.kept[question] = (compute(), about)
+            while len(self.kept) > 1 and sum(size(found) for found, _ in self.kept.values()) > self.most:
+                del self.kept[next(iter(self.kept))]
+        return self.kept[question][0]
+
+
+def size(found: Any) -> int:
+    """Bytes of a tensor, or of all those of ``Features``."""
+    return found.nbytes if isinstance(found, Tensor) else sum(t.nbytes for t in vars(found).values())
