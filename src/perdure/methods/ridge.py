@@ -76,6 +76,9 @@ class Config:
         Literal["loo", "holdout", "fixed"],
         Field(description="loo: what is 'chosen', by leave-one-out; holdout: λ by RanPAC's rule; fixed: nothing"),
     ] = "loo"
+    judge: Annotated[
+        int, Field(ge=0, le=10**6, description="loo: choose λ by a head of so many of the features; 0: of all")
+    ] = 0
     score: Annotated[Literal["softmax", "raw"], Field(description="softmax(τ·scores), or the scores")] = "softmax"
     temperature: Annotated[Annotated[float, Field(gt=0)] | Chosen, Field(description="τ")] = "chosen"
     weight: Annotated[Annotated[float, Field(ge=0, le=1)] | Chosen, Field(description="w, the head's share")] = "chosen"
@@ -89,8 +92,8 @@ class Config:
 
 @dataclass
 class Sums(State):
-    """The running sums, and what was chosen. ``likelihood`` and ``share``: Σ over tasks, λ by τ, of the log likelihood and of
-    n·w; ``moved``: a task, how far the features of its images moved while it was learned."""
+    """The running sums, and what was chosen. ``evidence``: Σ over tasks, by λ and τ (``of_all``: of the λ of the day, where
+    λ was judged by fewer features); ``moved``: by task, how far the features of its images moved while it was learned."""
 
     classes: list[Row] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -99,8 +102,8 @@ class Sums(State):
     layer: str = ""  # sha256 of W
     scale: float = 0.0  # mean ‖φ‖² of the first task's images
     images: int = 0
-    likelihood: list[list[float]] = field(default_factory=list)
-    share: list[list[float]] = field(default_factory=list)
+    evidence: ridge.Evidence = field(default_factory=list)
+    evidence_of_all: ridge.Evidence = field(default_factory=list)
     lam: float = 0.0
     temperature: float = 1.0
     weight: float = 1.0
@@ -270,56 +273,59 @@ class Ridge(Method):
         return torch.randperm(len(task.train), generator=draw)
 
     def by_leave_one_out(self, task: Task, seen: Features, rows: Tensor) -> None:
-        """Add the task's terms to the likelihood of each (λ, τ), and take the best over all tasks."""
-        c, state = self.config, self.state
+        """Add the task's evidence to that of the tasks before, and take λ, τ and w where it is likeliest."""
+        c, state, whole = self.config, self.state, len(self.state.sums["cross"])
         lams = [state.scale * k for k in LAMBDAS] if c.lam == "chosen" else [float(c.lam)]
-        taus = TEMPERATURES if self.is_open("temperature") else [1.0 if c.score == "raw" else float(c.temperature)]
+        width = min(c.judge or whole, whole)
+        judged, columns = self.judged(task, seen, rows)
+        evidence = self.evidence(task, seen, rows, judged, columns, lams, width)
+        state.evidence = ridge.added(state.evidence, evidence)
+        lam, tau = ridge.likeliest(state.evidence)
+        state.lam, found = lams[lam], state.evidence[lam]
+        if width < whole:
+            evidence = self.evidence(task, seen, rows, judged, columns, [state.lam], whole)
+            state.evidence_of_all = ridge.added(state.evidence_of_all, evidence)
+            (found,), (_, tau) = state.evidence_of_all, ridge.likeliest(state.evidence_of_all)
+        state.images += len(rows[task.train.labels])
+        state.temperature, state.weight = self.temperatures[tau], found[tau][1] / state.images
+
+    @property
+    def temperatures(self) -> Sequence[float]:
+        """The τ that may be chosen."""
+        c = self.config
+        return TEMPERATURES if self.is_open("temperature") else [1.0 if c.score == "raw" else float(c.temperature)]
+
+    def judged(self, task: Task, seen: Features, rows: Tensor) -> tuple[ridge.Judged, list[int]]:
+        """What the text says of the task's images, among the classes that compete and have a row; and those rows."""
+        state = self.state
         asked = task.classes if self.context.labels == "task" else [Class(*row) for row in state.classes]
-        columns, places_ = known(state.classes, asked)
-        place = {row: k for k, row in enumerate(places_)}
+        columns, kept = known(state.classes, asked)
+        place = {row: k for k, row in enumerate(kept)}
         true = torch.tensor([place[row] for row in rows[task.train.labels].tolist()], device=seen.embedded.device)
         text = self.clip.similarity(seen.embedded, self.clip.class_texts([one.prompts() for one in asked])).softmax(1)
         text = text[:, columns].double()
-        mine, mass = text.gather(1, true.unsqueeze(1)).squeeze(1), text.sum(1)
-        table = []
-        for scores in self.left_out(task, seen, rows, places_, lams):
-            if c.score == "raw":
-                wanted = F.one_hot(true, len(columns))
-                table.append([(-(scores - wanted).square().sum().item(), float(c.weight))])
-            else:
-                share = None if self.is_open("weight") else float(c.weight)
-                table.append(ridge.likelihood(scores, true, mine, mass, taus, share))
-        self.take_best(table, len(true), lams, taus)
+        return ridge.Judged(true, text.gather(1, true.unsqueeze(1)).squeeze(1), text.sum(1)), kept
 
-    def left_out(
-        self, task: Task, seen: Features, rows: Tensor, columns: list[int], lams: Sequence[float]
-    ) -> Iterator[Tensor]:
-        """For each λ the scores (N, K) of the task's images for the rows ``columns``, each as if it had not been learned."""
+    def evidence(
+        self, task: Task, seen: Features, rows: Tensor, judged: ridge.Judged, columns: list[int], lams: Sequence[float],
+        width: int,
+    ) -> ridge.Evidence:  # fmt: skip
+        """By λ and τ, how well a head of the first ``width`` features answers the task's images, each left out exactly."""
+        c, sums = self.config, self.state.sums
         x, y = self.inputs(seen), rows[task.train.labels].to(seen.embedded.device)
         wanted = torch.tensor(columns, device=y.device)
         groups = ridge.whole_groups(len(y), copies(task.train.pixels), CHUNK)
 
         def parts() -> Iterator[ridge.Part]:
             for index, among in groups:
-                yield index, self.lift(x[index]), (y[index].unsqueeze(1) == wanted).double(), among
+                yield index, self.lift(x[index], width), (y[index].unsqueeze(1) == wanted).double(), among
 
-        sums = self.state.sums
-        return ridge.left_out_course(ridge.unpack(sums["gram"]), sums["cross"][:, columns], lams, parts, len(y))
-
-    def take_best(
-        self, table: list[list[tuple[float, float]]], images: int, lams: Sequence[float], taus: Sequence[float]
-    ) -> None:
-        """Add a task's (log likelihood, w) by λ and τ to the sums over tasks; take where the likelihood is largest."""
-        state, zero = self.state, [[0.0] * len(taus) for _ in lams]
-        before = state.likelihood or zero, state.share or zero
-        cells = [(i, j) for i in range(len(lams)) for j in range(len(taus))]
-        likelihood, share = ([list(row) for row in kept] for kept in before)
-        for i, j in cells:
-            likelihood[i][j] += table[i][j][0]
-            share[i][j] += images * table[i][j][1]
-        state.likelihood, state.share, state.images = likelihood, share, state.images + images
-        i, j = max(cells, key=lambda cell: likelihood[cell[0]][cell[1]])
-        state.lam, state.temperature, state.weight = lams[i], taus[j], share[i][j] / state.images
+        gram, cross = ridge.unpack(sums["gram"])[:width, :width], sums["cross"][:width, columns]
+        course = ridge.left_out_course(gram, cross, lams, parts, len(y))
+        if c.score == "raw":
+            return [judged.error(scores, float(c.weight)) for scores in course]
+        share = None if self.is_open("weight") else float(c.weight)
+        return [judged.evidence(scores, self.temperatures, share) for scores in course]
 
     # ---- drift
 
@@ -329,7 +335,8 @@ class Ridge(Method):
         far = ((after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)).mean().item()
         self.state.moved = {**self.state.moved, task.name: far}
         if self.state.tasks and not self.config.reencode and far > STEADY:
-            agree = (self.scores(before).argmax(1) == self.scores(after).argmax(1)).double().mean().item()
+            old = range(len(self.state.classes))
+            agree = (self.scores(before, old).argmax(1) == self.scores(after, old).argmax(1)).double().mean().item()
             self.context.warn(
                 f"The features that the ridge head stands on moved by {far:.0%} while {task.name} was learned; of its images "
                 f"the head answers {agree:.0%} as before. What it knows of earlier tasks is as much out of date: on=pretrained "
@@ -355,14 +362,15 @@ class Ridge(Method):
         columns, rows = known(state.classes, query.classes)
         if not rows or query.features is None:
             return logits
-        scores = self.scores(self.inputs(query.features))[:, rows]
+        scores = self.scores(self.inputs(query.features), rows)
         visual = (scores if c.score == "raw" else (state.temperature * scores).softmax(1)).float()
         return mix(logits.softmax(1), visual, columns, 1 - state.weight, state.weight, c.gate, query.classes)
 
-    def scores(self, x: Tensor) -> Tensor:
+    def scores(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """φA (N, rows), fp64, of x (N, width)."""
         self.checked(self.lift(x[:1]).shape[1])
-        return torch.cat([self.lift(some) @ self.solved() for some in x.split(CHUNK)])
+        columns = self.solved()[:, rows]
+        return torch.cat([self.lift(some) @ columns for some in x.split(CHUNK)])
 
     def solved(self) -> Tensor:
         """A (M, rows), fp64, made from the state when it is first asked for."""
@@ -389,6 +397,6 @@ class Ridge(Method):
 
 
 METHODS.add(
-    "ridge_patches", Roles(learn=("ridge", {"input": "patches", "features": 4096})),
+    "ridge_patches", Roles(learn=("ridge", {"input": "patches", "features": 4096, "judge": 1024})),
     "A wide ridge head that reads the patches of an earlier block too: what perdure recommends.", paper="arXiv:2406.18868",
 )  # fmt: skip

@@ -19,13 +19,13 @@ class RandomLayer:
     def __init__(self, features: int, draw: Draw, seed: int, weights: Tensor | None = None):
         self.features, self.draw, self.seed, self.weights = features, draw, seed, weights
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (N, width) → φ (N, M), in fp64."""
+    def __call__(self, x: Tensor, first: int | None = None) -> Tensor:
+        """x (N, width) → φ (N, M), in fp64; or the ``first`` of its M columns alone."""
         if not self.features:
-            return x.double()
+            return x[:, :first].double()
         if self.weights is None:
             self.weights = self.drawn(x.shape[1]).to(x.device)
-        return torch.relu(x @ self.weights).double()
+        return torch.relu(x @ self.weights[:, :first]).double()
 
     def drawn(self, width: int) -> Tensor:
         """W by the seed: standard normal, or uniform in ±1/√width."""

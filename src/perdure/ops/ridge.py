@@ -11,6 +11,7 @@ back as what was used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -162,19 +163,48 @@ def left_out(hat: Tensor, error: Tensor) -> Tensor:
     return torch.linalg.solve(torch.eye(len(hat), dtype=hat.dtype, device=hat.device) - hat, error)
 
 
-def likelihood(
-    scores: Tensor, true: Tensor, text: Tensor, mass: Tensor, temperatures: Sequence[float], share: float | None
-) -> list[tuple[float, float]]:
-    """For each τ: Σ log((1 - w)·p_text + w·m·softmax(τ·scores)) at the true classes, and w: ``share``, or the best one.
+Evidence = list[list[list[float]]]  # by λ and τ: Σ log likelihood, Σ n·w
 
-    scores (n, C), true (n,) columns, text (n,) = p_text of the true class, mass (n,) = m, the text's on the C columns.
-    """
-    out = []
-    for tau in temperatures:
-        head = mass * torch.softmax(tau * scores, 1).gather(1, true.unsqueeze(1)).squeeze(1)
-        w = best_share(text, head) if share is None else share
-        out.append((((1 - w) * text + w * head).clamp_min(1e-300).log().sum().item(), w))
-    return out
+
+@dataclass(frozen=True)
+class Judged:
+    """Images by which λ, τ and w are chosen: the columns of their true classes (n,), p_text there (n,), and the text's mass
+    (n,) on the C columns that the head has."""
+
+    true: Tensor
+    text: Tensor
+    mass: Tensor
+
+    def evidence(self, scores: Tensor, temperatures: Sequence[float], share: float | None) -> list[list[float]]:
+        """For each τ: Σ log((1 - w)·p_text + w·m·softmax(τ·scores)), and n·w, w being ``share``, or the best one."""
+        out = []
+        for tau in temperatures:
+            head = self.mass * torch.softmax(tau * scores, 1).gather(1, self.true.unsqueeze(1)).squeeze(1)
+            w = best_share(self.text, head) if share is None else share
+            mixed = ((1 - w) * self.text + w * head).clamp_min(1e-300)
+            out.append([mixed.log().sum().item(), w * len(scores)])
+        return out
+
+    def error(self, scores: Tensor, share: float) -> list[list[float]]:
+        """For scores that are no probabilities: less their squared error."""
+        wanted = torch.zeros_like(scores).scatter_(1, self.true.unsqueeze(1), 1)
+        return [[-(scores - wanted).square().sum().item(), share * len(scores)]]
+
+
+def added(kept: Evidence, new: Evidence) -> Evidence:
+    """The evidence of all tasks so far and of one more."""
+    if not kept:
+        return new
+    return [
+        [[x + y for x, y in zip(a, b, strict=True)] for a, b in zip(*rows, strict=True)]
+        for rows in zip(kept, new, strict=True)
+    ]
+
+
+def likeliest(evidence: Evidence) -> tuple[int, int]:
+    """Where the likelihood is largest: the numbers of λ and τ."""
+    cells = [(i, j) for i, row in enumerate(evidence) for j in range(len(row))]
+    return max(cells, key=lambda cell: evidence[cell[0]][cell[1]][0])
 
 
 def best_share(text: Tensor, head: Tensor, rounds: int = 40) -> float:
