@@ -40,11 +40,13 @@ bench: $(VENV)/.ready-dev
 	$(BIN)/python bench/gift_step.py
 	$(BIN)/python bench/condu_fusion.py
 	$(BIN)/python bench/head_features.py
+	$(BIN)/python bench/rows.py
 
 study: $(VENV)/.ready-dev
 	$(BIN)/python studies/gift.py
 	$(BIN)/python studies/condu.py
 	$(BIN)/python studies/mg_clip.py
+	$(BIN)/python studies/ridge.py
 
 world: $(VENV)/.ready-dev
 	$(BIN)/python -m pip install -q -r recipes/mini/requirements.txt

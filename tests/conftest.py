@@ -51,15 +51,19 @@ def short_run(
         key = repr((method, stream, sorted(values.items())))
         if key not in runs_made:
             original = tmp_path_factory.mktemp("short") / method
-            known = {**launch.method_options(launch.method_entry(method)), **options(Settings)}
-            short = {key: value for key, value in SHORT.items() if key in known}  # some methods take no steps
-            runs_made[key] = perdure.run(method, stream, original, **{**short, **values}), original
+            runs_made[key] = perdure.run(method, stream, original, **{**known(method, SHORT), **values}), original
         metrics, original = runs_made[key]
         folder = tmp_path / f"{method}-{len(list(tmp_path.iterdir()))}"
         shutil.copytree(original, folder)
         return {**copy.deepcopy(metrics), "folder": folder}
 
     return run
+
+
+def known(method: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the values that a run of the method has: some take no steps."""
+    keys = {**launch.method_options(launch.method_entry(method)), **options(Settings)}
+    return {key: value for key, value in values.items() if key in keys}
 
 
 def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -84,3 +84,12 @@ def test_bootstrap_takes_the_same_images_in_every_row() -> None:
     hits = np.random.default_rng(0).random((1, 200)) < 0.5
     samples = metrics.resampled(np.vstack([hits, hits]), 50, np.random.default_rng(0))
     np.testing.assert_array_equal(samples[:, 0], samples[:, 1])
+
+
+def test_the_figures_of_x_tail_are_its_authors() -> None:
+    """Their matrix has no row before training; Transfer, Average and Last leave ours out."""
+    t = load_file(GOLDEN / "rail_a.safetensors")
+    for form in ("primal", "dual"):
+        matrix = with_row_zero(t[f"{form}/accuracy"])
+        found = [figure(matrix) for figure in (metrics.transfer, metrics.average, metrics.last)]
+        assert found == pytest.approx(t[f"{form}/summary"].tolist(), rel=1e-5)

@@ -184,3 +184,22 @@ def test_a_run_records_the_gap_of_any_method(short_run: Run, clip: CLIP, stream:
     method = Method(Recipe())
     method.bind(clip)
     assert set(gap(method, for_gap(replace(stream, probe=None)))) == set(m["gap"][0])  # on the tasks' own images
+
+
+def test_the_gate_and_what_the_head_stands_on_are_options(clip: CLIP, stream: Stream) -> None:
+    """Behind RAIL's gate, an image whose likeliest class has no row keeps what the text says of it."""
+    one, two = stream.tasks[:2]
+    asked = Query(two.test.pixels, (*one.classes, *two.classes))
+    found = {}
+    for gate in ("mass", "argmax", "none"):
+        method = MGCLIP(adapt="full", head_epochs=1, gate=gate, on="pretrained", softmax="single")
+        method.bind(clip)
+        method.calibrate(one)
+        found[gate] = method.predict(asked)
+    text = softmax(Method.logits(method, asked))
+    outside = text.argmax(1) >= len(one.classes)
+    assert bool(outside.any()) and not bool(outside.all())
+    assert torch.equal(found["argmax"][outside], text[outside])
+    assert not torch.equal(found["argmax"][~outside], text[~outside])
+    assert not torch.equal(found["mass"], found["argmax"]) and not torch.equal(found["none"], found["argmax"])
+    assert method.head_expert().name == "pretrained" and MGCLIP().head_expert().name == "last"

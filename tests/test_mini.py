@@ -10,6 +10,7 @@ from perdure import launch
 from perdure.benchmarks import STREAMS, mini
 from perdure.core.errors import DamagedFile
 from perdure.engine.evaluate import Protocol, evaluate, per_cent
+from perdure.launch.configure import configure
 from perdure.methods.finetune import ZeroShot
 from perdure.models.clip import CLIP
 from perdure.synthesis.generator import Generator
@@ -207,3 +208,14 @@ def test_the_streams_suit_the_command_line() -> None:
     for name in ("mini-mtil", "mini-mtil-2", "mini-cil"):
         config, stream = launch.configure("finetune", name, 0, [], {})
         assert config["options"]["iterations"] == 80 and stream.name == name
+
+
+def test_x_tail_on_the_small_world_is_its_protocol() -> None:
+    config, data = configure("ridge", "mini-xtail", 0, {}, {})
+    settings = config["settings"]
+    assert (settings["labels"], settings["task_id"], settings["shots"]) == ("all", "hidden", 16)
+    assert max(torch.bincount(data.tasks[0].train.labels).tolist()) == 16
+    assert [t.name for t in data.tasks] == sorted(t.name for t in data.tasks)
+    everything, _ = configure("ridge", "mini-xtail", 0, {"shots": 0}, {})
+    assert everything["settings"]["shots"] == 0 and everything["split"] != config["split"]
+    assert mini.cross_domain().digest != mini.multi_domain("I").digest

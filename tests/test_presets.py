@@ -30,6 +30,8 @@ def stand_in(preset: dict[str, Any]) -> Stream:
 
 def overrides(preset: dict[str, Any]) -> dict[str, Any]:
     """Two steps on one task; the embedded generator for Stable Diffusion."""
+    if preset["method"] == "ridge":  # takes no steps; 15,000 features are for a big machine
+        return {"images": 6, "precision": "fp32", "features": 32}
     by_epochs = {"epochs": 2, "images": 4} if "epochs" in preset else {"iterations": 2}
     if preset["method"] == "gift":
         by_epochs |= {**SMALL_GENERATOR, "iterations": 1}  # GIFT takes a last step at rate 0
@@ -46,8 +48,8 @@ def test_a_preset_takes_two_steps_with_every_value_it_holds(name: str, tmp_path:
     preset = read_preset(name)
     changed = overrides(preset)
     metrics = perdure.run(preset["method"], stand_in(preset), tmp_path / "run", preset=name, tasks=1, **changed)
-    ((_, losses),) = metrics["losses"].items()
-    assert losses["step"][-1] == 2 and metrics["finished"]
+    steps = [losses["step"][-1] for losses in metrics["losses"].values()]
+    assert steps == ([] if preset["method"] == "ridge" else [2]) and metrics["finished"]
 
     stated = {k: v for k, v in preset.items() if k not in ("method", "stream", "about")}
     written = metrics["config"]
@@ -68,5 +70,5 @@ def test_a_preset_s_values_reach_the_method(name: str) -> None:
     method = launch.build(preset["method"], config["options"])
     part = getattr(method, "learn", method)
     for key, value in stated.items():
-        found = getattr(part.config, key)
+        found = getattr(part.config, key) if hasattr(part.config, key) else config["settings"][key]
         assert (list(found) if isinstance(found, tuple) else found) == value, key

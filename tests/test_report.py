@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from perdure.report import figure, html, palette
+from perdure.report.entries import collect
+from perdure.report.verdict import verdict
 
 TASKS = ["animals", "digits", "food & drink"]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -284,3 +286,36 @@ def test_of_many_tasks_the_numbers_are_left_out_and_it_is_said(tmp_path: Path) -
     assert "Accuracy on animals in per cent" in html.render([metrics()])
     picture = figure.draw([many], tmp_path / "many.png")
     assert b"tEXtSoftware\0perdure" in picture.read_bytes()
+
+
+def test_the_sentence_says_what_was_lost_and_what_is_known() -> None:
+    def run(method: str, probe: tuple[float, float], last: float, **more: Any) -> dict[str, Any]:
+        rows = [[50.0, 50.0], [60.0, 50.0], [last, last]]
+        return {
+            "method": method,
+            "stream": "s",
+            "seed": 0,
+            "tasks": ["a", "b"],
+            "accuracy": rows,
+            "probe": [*probe],
+            **more,
+        }
+
+    runs = [
+        run("zero_shot", (69.1, 69.1), 50.0, reference="lower", scope="task"), run("finetune", (69.1, 46.2), 70.4),
+        run("ridge", (69.1, 69.1), 80.7), run("lucky", (69.1, 71.0), 66.0),
+    ]  # fmt: skip
+    said = (
+        "finetune lost 23 of 69 points of what it could do before and knows 70 % of the two tasks; ridge lost none of what "
+        "it could do before and knows 81 %; lucky gained 2 points on what it could do before and knows 66 %."
+    )
+    assert verdict(collect(runs)) == said
+    assert f'<p class="lead">{said}' in html.render(runs)
+    assert verdict(collect(runs[:1])) == "" and verdict(collect([*runs, {**runs[1], "stream": "t"}])) == ""
+
+
+def test_what_a_method_chose_stands_in_the_page() -> None:
+    run = {"method": "ridge", "stream": "s", "seed": 0, "tasks": ["a", "b"], "accuracy": [[1.0, 2.0]] * 3}
+    page = html.render([{**run, "remarks": {"a": {"λ": 0.123456}, "b": {"λ": 7.0, "moved": 0.5}}}])
+    assert "What was chosen" in page and "<td>0.123</td>" in page and "<td>0.5</td>" in page
+    assert "What was chosen" not in html.render([run])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHORT, same_bits
+from conftest import SHORT, known, same_bits
 from safetensors.torch import load_file
 
 import perdure
@@ -28,6 +28,9 @@ class Enough(Watcher):
         if self.task == 2:
             raise KeyboardInterrupt
 
+    def evaluates(self) -> None:
+        self.step()  # where no steps are taken: the task is learned, and not yet kept
+
 
 def outcome(folder: Path) -> dict[str, Any]:
     """What must not depend on interruptions."""
@@ -39,7 +42,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
     """The folders of a run that was left alone, and of the same one broken off in its second task and gone on with."""
     whole, broken = folder / "whole", folder / "broken"
-    asked = {**SHORT, "tasks": 2, "images": 24, "batch_size": 8, **values}
+    asked = {**known(method, {**SHORT, "tasks": 2, "images": 24, "batch_size": 8}), **values}
     perdure.run(method, "mini-mtil", whole, **asked)
     with pytest.raises(KeyboardInterrupt):
         perdure.run(method, "mini-mtil", broken, watcher=Enough(), **asked)
@@ -56,6 +59,8 @@ def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
         ("condu+mg_clip", {"precision": "bf16"}),
         ("mg_clip", {"precision": "bf16", "iterations": 0, "warmup": 0, "most_epochs": 2, "freeze_A": True}),
         ("finetune", {"shots": 2}),
+        ("ridge_patches", {"features": 48, "judge": 16}),
+        ("finetune+ridge", {"features": 48, "on": "drifting"}),
     ],
 )
 def test_broken_off_and_gone_on_with_ends_with_the_same_bits(

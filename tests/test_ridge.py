@@ -184,7 +184,7 @@ def learned(clip: CLIP, tasks: list[Task], method: Method | None = None, **value
 
 
 def by_class(method: Ridge) -> dict[str, Tensor]:
-    return {name: method.solved()[:, row] for row, (name, _) in enumerate(method.state.classes)}
+    return {name: method.head.solved()[:, row] for row, (name, _) in enumerate(method.state.classes)}
 
 
 def test_the_order_of_tasks_and_a_class_in_two_of_them_do_not_matter(clip: CLIP, stream: Stream) -> None:
@@ -202,7 +202,7 @@ def test_the_order_of_tasks_and_a_class_in_two_of_them_do_not_matter(clip: CLIP,
 def test_the_sums_are_those_of_all_images_at_once(clip: CLIP, stream: Stream) -> None:
     method = learned(clip, list(stream.tasks), lam=0.5, temperature=10.0, weight=0.7, choose="fixed")
     x = torch.cat([method.inputs(clip.features(t.train.pixels)) for t in stream.tasks])
-    phi, names = torch.relu(x @ method.lift.weights).double(), [c.name for t in stream.tasks for c in t.classes]
+    phi, names = torch.relu(x @ method.head.lift.weights).double(), [c.name for t in stream.tasks for c in t.classes]
     shift = torch.tensor([0, *(len(t.classes) for t in stream.tasks)]).cumsum(0).tolist()
     labels = torch.cat([t.train.labels + s for t, s in zip(stream.tasks, shift, strict=False)])
     y = F.one_hot(labels, len(names)).double()
@@ -238,7 +238,7 @@ def test_removing_images_is_never_having_seen_them(clip: CLIP, stream: Stream) -
     one, two = stream.tasks[:2]
     fixed: dict[str, Any] = dict(lam=0.5, temperature=10.0, weight=0.7, choose="fixed")
     both, alone = learned(clip, [one, two], **fixed), learned(clip, [one], **fixed)
-    phi = both.lift(both.inputs(clip.features(two.train.pixels)))
+    phi = both.head.lift(both.inputs(clip.features(two.train.pixels)))
     less = ridge.unpack(both.state.sums["gram"]) - (phi.T @ phi).tril()
     assert close(less, ridge.unpack(alone.state.sums["gram"]), 1e-9)
 
@@ -256,7 +256,7 @@ def test_what_is_chosen_is_the_likeliest_by_brute_force(clip: CLIP, stream: Stre
     for task in tasks:
         method.calibrate(task)
         seen = clip.features(task.train.pixels)
-        phis.append(method.lift(method.inputs(seen)))
+        phis.append(method.head.lift(method.inputs(seen)))
         rows = [method.state.classes.index((c.name, c.templates)) if (c.name, c.templates) in method.state.classes else -1
                 for c in task.classes]  # fmt: skip
         ys.append(torch.tensor(rows)[task.train.labels])

@@ -71,7 +71,7 @@ def ready(t: dict[str, Tensor], texts: Tensor, projection: Tensor | None, **valu
     table: Any = Table(torch.cat([t["train/features"], t["test/features"]]), texts, 100.0)
     method.bind(table, Context(labels="all"))
     if projection is not None:
-        method.lift.weights = projection
+        method.head.lift.weights = projection
     return method
 
 
@@ -92,7 +92,7 @@ def test_rail_is_the_release_s() -> None:
         rows = ((t["train/labels"] >= first) & (t["train/labels"] < first + size)).nonzero().squeeze(1)
         method.calibrate(task_of(f"task {number}", rows, t["train/labels"][rows], first, size))
         first += size
-        assert relative(method.solved(), t[f"primal/weight_task{number}"]) < 2e-4
+        assert relative(method.head.solved(), t[f"primal/weight_task{number}"]) < 2e-4
         answer = method.predict(Query(pictures(tests), classes_of(range(total))))
         torch.testing.assert_close(answer, t[f"primal/fused_task{number}"], atol=1e-4, rtol=0)
         ends = torch.tensor([0, *h["task_sizes"]]).cumsum(0).tolist()

@@ -15,6 +15,10 @@ STREAMS.add(
     "mini-mtil", lambda: mini.multi_domain("I"), "Eight domains of drawings, one after another, alphabetically."
 )
 STREAMS.add("mini-mtil-2", lambda: mini.multi_domain("II"), "The same eight domains in another order.")
+STREAMS.add(
+    "mini-xtail", mini.cross_domain,
+    "X-TAIL on them: 16 images a class, the classes of all domains compete from the start, the task is hidden.",
+)  # fmt: skip
 STREAMS.add("mini-cil", mini.class_incremental, "Sixty classes of drawings in ten steps, six new ones a step.")
 for name, (load, *_, summary) in SETTINGS.items():
     STREAMS.add(name, partial(load_stream, name), summary, home=HOMES[load.__name__])

@@ -122,6 +122,17 @@ def check_page(page: Path) -> None:
         raise PerdureError(f"{taken} exists, and perdure did not write it. Choose another name with --out.")
 
 
+def verdict_of(found: list[dict[str, Any]]) -> str:
+    """The runs in a sentence; empty where they cannot be compared."""
+    from perdure.report.entries import collect
+    from perdure.report.verdict import verdict
+
+    try:
+        return verdict(collect(found))
+    except ValueError:  # the report will say what does not fit together
+        return ""
+
+
 def finish(runs: list[Path], page: Path | None = None) -> None:
     """Print the table of the runs; write the page and the picture, over nothing that perdure did not write."""
     from perdure.report import figure, html
@@ -132,6 +143,7 @@ def finish(runs: list[Path], page: Path | None = None) -> None:
     check_page(page)
     screen = console()
     screen.print(summary(found, screen))
+    screen.print(verdict_of(found), markup=False, highlight=False)
     page.parent.mkdir(parents=True, exist_ok=True)
     try:
         html.write(found, page)

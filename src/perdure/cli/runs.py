@@ -100,7 +100,7 @@ def list_runs(base: Path) -> None:
 
 
 def demo(out: Out = None) -> None:
-    """Watch a small CLIP learn eight tasks in a row: what it forgot, and what it would have known."""
+    """Watch a small CLIP learn eight tasks in a row: what fine-tuning forgets, and what a ridge head keeps."""
     from perdure import launch
 
     folder = expanded(out) if out else launch.demo_folder(Path("runs"))
@@ -113,6 +113,9 @@ def demo(out: Out = None) -> None:
     for one in runs:
         watched(one)
     finish(runs, folder / "report.html")
+    console().print(
+        "\n".join(["Try next:", *(f"  {words}" for words in launch.TRY_NEXT)]), markup=False, highlight=False
+    )
 
 
 def watched(folder: Path) -> None:

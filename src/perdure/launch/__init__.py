@@ -14,7 +14,7 @@ from perdure.core.errors import PerdureError
 from perdure.engine.settings import load_clip
 from perdure.engine.watcher import Watcher
 from perdure.launch.configure import configure, prepare, read_preset
-from perdure.launch.demo import DEMO, demo_folder
+from perdure.launch.demo import DEMO, TRY_NEXT, demo_folder
 from perdure.launch.export import export
 from perdure.launch.folders import is_finished, read_config, same_run, seed_folders
 from perdure.launch.generate import generate
@@ -23,7 +23,7 @@ from perdure.launch.runs import begin, over_seeds, reopen, resume, run
 from perdure.launch.sources import method_entry, methods, stream_of
 
 __all__ = [
-    "DEMO", "STREAMS", "PerdureError", "Watcher", "begin", "build", "configure", "demo_folder", "export", "generate",
-    "is_finished", "load_clip", "method_entry", "method_options", "methods", "over_seeds", "prepare", "read_config",
-    "read_preset", "reopen", "resume", "run", "same_run", "seed_folders", "stream_of",
+    "DEMO", "STREAMS", "TRY_NEXT", "PerdureError", "Watcher", "begin", "build", "configure", "demo_folder", "export",
+    "generate", "is_finished", "load_clip", "method_entry", "method_options", "methods", "over_seeds", "prepare",
+    "read_config", "read_preset", "reopen", "resume", "run", "same_run", "seed_folders", "stream_of",
 ]  # fmt: skip

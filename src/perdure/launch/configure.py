@@ -66,7 +66,7 @@ def configure(
         )
     given, complaints = (dict(assignments), []) if isinstance(assignments, Mapping) else pairs(assignments)
     suits = {**data.defaults.get("all", {}), **data.defaults.get(entry.name, {})}
-    layer = {key: value for key, value in suits.items() if key in known}
+    layer = {key: value for key, value in suits.items() if key in known or key in general}
     values = resolve({**known, **general}, layer, preset, given, complaints=complaints)
     check_rates(values, data, "lr_by_task" in given, warn)
     settings = Settings(**{key: values[key] for key in general}).settled(data)

@@ -8,7 +8,12 @@ from perdure.core.errors import PerdureError
 from perdure.launch.configure import prepare
 from perdure.launch.folders import is_finished, read_config, same_run
 
-DEMO = ("zero_shot", "finetune", "individual")
+DEMO = ("zero_shot", "finetune", "ridge_patches")
+TRY_NEXT = (
+    "perdure run --method ridge_patches --stream mini-xtail   # all names compete, 16 images a class, the task hidden",
+    "perdure run --method condu --stream mini-mtil            # another way: experts, unified by a bit a parameter",
+    "perdure methods ridge                                    # what can be set",
+)
 
 
 def demo_folder(runs: Path) -> Path:

@@ -25,18 +25,16 @@ learned in all tasks but for that one image, and the likelihood of the mixture, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
 from perdure.core.features import Features
-from perdure.core.memory import check_square
 from perdure.core.pixels import as_floats
 from perdure.core.seeding import derive
 from perdure.data.files import Pixels, copies
@@ -45,49 +43,15 @@ from perdure.data.transforms import random_resized_crop
 from perdure.methods.base import METHODS, Expert, Method, State, register
 from perdure.methods.base import Row as Roles
 from perdure.models.clip import CLIP
-from perdure.models.heads import Gate, Row, known, mix, places
-from perdure.models.lift import Draw, RandomLayer
+from perdure.models.heads import Row, known, mix, places
+from perdure.models.lift import RandomLayer
 from perdure.ops import ridge
+from perdure.training.closed_form import OPEN, ClosedForm, ClosedFormRecipe
 from perdure.training.schedule import Schedule
 
 LAMBDAS = tuple(10 ** (k / 2) for k in range(-8, 1))  # times the mean ‖φ‖² of the first task
-HELD_OUT = tuple(10.0**k for k in range(-8, 9))  # RanPAC's candidates, absolute
 TEMPERATURES = tuple(2.5 * 2 ** (k / 2) for k in range(11))
-CHUNK = 1024  # images at a time
-OPEN = ("lam", "temperature", "weight")  # what can be chosen
 STEADY = 0.02  # a mean move of features that is not worth a warning
-
-Chosen = Literal["chosen"]
-
-
-@dataclass(frozen=True)
-class Config:
-    input: Annotated[
-        Literal["hidden", "projected", "patches"],
-        Field(description="what is lifted: pooled features, those after CLIP's projection, or pooled ones and patches"),
-    ] = "hidden"
-    block: Annotated[int, Field(ge=1, le=1000, description="patches: of which block, counted from the last one")] = 2
-    grid: Annotated[int, Field(ge=1, le=100, description="patches: their means over a grid of so many a side")] = 2
-    unit: Annotated[bool, Field(description="make what is lifted unit")] = True
-    features: Annotated[int, Field(ge=0, le=10**6, description="M, random features; 0: no lift")] = 2048
-    weights: Annotated[Draw, Field(description="W: normal, or uniform in ±1/√width")] = "normal"
-    lam: Annotated[Annotated[float, Field(ge=0)] | Chosen, Field(description="λ of the ridge")] = "chosen"
-    choose: Annotated[
-        Literal["loo", "holdout", "fixed"],
-        Field(description="loo: what is 'chosen', by leave-one-out; holdout: λ by RanPAC's rule; fixed: nothing"),
-    ] = "loo"
-    judge: Annotated[
-        int, Field(ge=0, le=10**6, description="loo: choose λ by a head of so many of the features; 0: of all")
-    ] = 0
-    score: Annotated[Literal["softmax", "raw"], Field(description="softmax(τ·scores), or the scores")] = "softmax"
-    temperature: Annotated[Annotated[float, Field(gt=0)] | Chosen, Field(description="τ")] = "chosen"
-    weight: Annotated[Annotated[float, Field(ge=0, le=1)] | Chosen, Field(description="w, the head's share")] = "chosen"
-    gate: Annotated[Gate, Field(description="how classes without a row are kept: see docs/ridge.md")] = "mass"
-    augment: Annotated[bool, Field(description="learn from one random crop of each image")] = False
-    on: Annotated[Literal["pretrained", "drifting"], Field(description="the weights whose features it stands on")] = (
-        "pretrained"
-    )
-    reencode: Annotated[bool, Field(description="drifting: make the sums again from the old images")] = False
 
 
 @dataclass
@@ -101,13 +65,11 @@ class Sums(State):
     sums: dict[str, Tensor] = field(default_factory=dict)  # gram, packed; cross (M, C)
     layer: str = ""  # sha256 of W
     scale: float = 0.0  # mean ‖φ‖² of the first task's images
-    images: int = 0
     evidence: ridge.Evidence = field(default_factory=list)
     evidence_of_all: ridge.Evidence = field(default_factory=list)
     lam: float = 0.0
     temperature: float = 1.0
     weight: float = 1.0
-    jitter: float = 0.0
     moved: dict[str, float] = field(default_factory=dict)
 
 
@@ -115,11 +77,10 @@ class Sums(State):
 class Ridge(Method):
     """A closed-form head on frozen features, mixed with the text; exact, in any order, in seconds."""
 
-    Config = Config
+    Config = ClosedFormRecipe
     State = Sums
     state: Sums
-    role_options = {"answer": Config}
-    solution: Tensor | None = None  # A, made from the state when it is asked for
+    role_options = {"answer": ClosedFormRecipe}
 
     def bind(self, clip: CLIP, context: Context | None = None) -> None:
         clip.backbone.requires_grad_(False)
@@ -128,18 +89,9 @@ class Ridge(Method):
     def join(self, clip: CLIP, context: Context) -> None:
         super().join(clip, context)
         c = self.config
-        self.lift = RandomLayer(c.features, c.weights, derive(context.seed, "random layer of ridge"))
-        open_ = [key for key in OPEN if self.is_open(key)]
-        if c.choose == "fixed" and open_:
-            raise PerdureError(f"choose=fixed: give a number for {', '.join(open_)}, or choose=loo.")
-        if c.choose == "holdout" and (rest := [key for key in open_ if key != "lam"]):
-            raise PerdureError(f"choose=holdout chooses lam alone: give a number for {', '.join(rest)}, or choose=loo.")
-        if c.score == "raw" and self.is_open("weight"):
-            raise PerdureError("score=raw gives no probabilities to choose a weight by: give weight a number.")
-
-    def is_open(self, key: str) -> bool:
-        """Whether an option is to be chosen; raw scores have no temperature."""
-        return getattr(self.config, key) == "chosen" and not (key == "temperature" and self.config.score == "raw")
+        c.check()
+        lift = RandomLayer(c.features, c.weights, derive(context.seed, "random layer of ridge"))
+        self.head = ClosedForm(self.state, lift, context.warn)
 
     def begin_task(self, task: Task) -> None:
         """Nothing is trained."""
@@ -191,17 +143,16 @@ class Ridge(Method):
             if c.reencode:
                 self.sum_up_again()
         rows = self.rows_of(task)
-        self.sum_up(x, rows[task.train.labels])
+        self.head.add(x, rows[task.train.labels], len(state.classes))
         self.count(task, rows)
         state.tasks = [*state.tasks, task.name]
-        if c.choose == "holdout" and self.is_open("lam"):
-            state.lam = self.held_out(task, x)
-        elif c.choose == "loo" and any(map(self.is_open, OPEN)):
+        if c.choose == "holdout" and c.open("lam"):
+            state.lam = self.head.held_out(x, task.train.labels, self.order(task))
+        elif c.choose == "loo" and any(map(c.open, OPEN)):
             self.by_leave_one_out(task, seen, rows)
         for key in OPEN:
             if getattr(c, key) != "chosen":
                 setattr(state, key, float(getattr(c, key)))
-        self.solution = None
 
     def seen(self, task: Task) -> Features:
         """The task's training images, as they are or cropped at random."""
@@ -229,43 +180,7 @@ class Ridge(Method):
         counts[: len(self.state.counts)] += torch.tensor(self.state.counts, dtype=torch.int64)
         self.state.counts = counts.tolist()
 
-    def sum_up(self, x: Tensor, rows: Tensor) -> None:
-        """Add images x (N, width) of the rows (N,) to the sums."""
-        kept, first = self.state.sums, self.lift(x[:1])
-        width = self.checked(first.shape[1])
-        gram = ridge.unpack(kept["gram"]) if kept else first.new_zeros(width, width)
-        cross = first.new_zeros(width, len(self.state.classes))
-        if kept:
-            cross[:, : kept["cross"].shape[1]] = kept["cross"]
-        squares = 0.0
-        for some, row in zip(x.split(CHUNK), rows.to(x.device).split(CHUNK), strict=True):
-            lifted = self.lift(some)
-            gram.addmm_(lifted.T, lifted)
-            cross.index_add_(1, row, lifted.T)
-            squares += lifted.square().sum().item()
-        self.state.layer = self.lift.mark()
-        self.state.scale = self.state.scale or squares / len(x)
-        self.state.sums = {"cross": cross, "gram": ridge.pack(gram)}
-
-    def checked(self, width: int) -> int:
-        """``width``; refused where it does not fit into memory, or where the state was learned with another, or another W."""
-        kept = len(self.state.sums["cross"]) if self.state.sums else width
-        if kept != width:
-            raise PerdureError(f"The ridge head was learned with {kept} features, and is asked with {width} now.")
-        self.lift.check(self.state.layer)
-        check_square(width, 4, "A ridge head", "features")
-        return width
-
     # ---- choosing
-
-    def held_out(self, task: Task, x: Tensor) -> float:
-        """RanPAC's rule: fitted on the first four fifths of the task's images, in a drawn order, judged on the rest."""
-        order = self.order(task).to(x.device)
-        fitted = int(0.8 * len(order))
-        if not 0 < fitted < len(order):
-            return self.state.lam or self.state.scale  # one image: nothing to judge by
-        targets = F.one_hot(task.train.labels, len(task.classes)).double().to(x.device)
-        return ridge.best_on_held_out(self.lift(x[order]), targets[order], fitted, HELD_OUT)
 
     def order(self, task: Task) -> Tensor:
         """The order in which hold-out takes a task's images."""
@@ -276,24 +191,25 @@ class Ridge(Method):
         """Add the task's evidence to that of the tasks before, and take λ, τ and w where it is likeliest."""
         c, state, whole = self.config, self.state, len(self.state.sums["cross"])
         lams = [state.scale * k for k in LAMBDAS] if c.lam == "chosen" else [float(c.lam)]
-        width = min(c.judge or whole, whole)
+        taus = TEMPERATURES if c.open("temperature") else [1.0 if c.score == "raw" else float(c.temperature)]
+        share = None if c.open("weight") else float(c.weight)
         judged, columns = self.judged(task, seen, rows)
-        evidence = self.evidence(task, seen, rows, judged, columns, lams, width)
-        state.evidence = ridge.added(state.evidence, evidence)
+        x, y, groups = self.inputs(seen), rows[task.train.labels], copies(task.train.pixels)
+
+        def evidence(lams: Sequence[float], width: int) -> ridge.Evidence:
+            course = self.head.left_out(x, y, columns, groups, lams, width)
+            return [
+                judged.error(s, share or 0.0) if c.score == "raw" else judged.evidence(s, taus, share) for s in course
+            ]
+
+        width = min(c.judge or whole, whole)
+        state.evidence = ridge.added(state.evidence, evidence(lams, width))
         lam, tau = ridge.likeliest(state.evidence)
         state.lam, found = lams[lam], state.evidence[lam]
         if width < whole:
-            evidence = self.evidence(task, seen, rows, judged, columns, [state.lam], whole)
-            state.evidence_of_all = ridge.added(state.evidence_of_all, evidence)
+            state.evidence_of_all = ridge.added(state.evidence_of_all, evidence([state.lam], whole))
             (found,), (_, tau) = state.evidence_of_all, ridge.likeliest(state.evidence_of_all)
-        state.images += len(rows[task.train.labels])
-        state.temperature, state.weight = self.temperatures[tau], found[tau][1] / state.images
-
-    @property
-    def temperatures(self) -> Sequence[float]:
-        """The τ that may be chosen."""
-        c = self.config
-        return TEMPERATURES if self.is_open("temperature") else [1.0 if c.score == "raw" else float(c.temperature)]
+        state.temperature, state.weight = taus[tau], found[tau][1] / sum(state.counts)
 
     def judged(self, task: Task, seen: Features, rows: Tensor) -> tuple[ridge.Judged, list[int]]:
         """What the text says of the task's images, among the classes that compete and have a row; and those rows."""
@@ -306,27 +222,6 @@ class Ridge(Method):
         text = text[:, columns].double()
         return ridge.Judged(true, text.gather(1, true.unsqueeze(1)).squeeze(1), text.sum(1)), kept
 
-    def evidence(
-        self, task: Task, seen: Features, rows: Tensor, judged: ridge.Judged, columns: list[int], lams: Sequence[float],
-        width: int,
-    ) -> ridge.Evidence:  # fmt: skip
-        """By λ and τ, how well a head of the first ``width`` features answers the task's images, each left out exactly."""
-        c, sums = self.config, self.state.sums
-        x, y = self.inputs(seen), rows[task.train.labels].to(seen.embedded.device)
-        wanted = torch.tensor(columns, device=y.device)
-        groups = ridge.whole_groups(len(y), copies(task.train.pixels), CHUNK)
-
-        def parts() -> Iterator[ridge.Part]:
-            for index, among in groups:
-                yield index, self.lift(x[index], width), (y[index].unsqueeze(1) == wanted).double(), among
-
-        gram, cross = ridge.unpack(sums["gram"])[:width, :width], sums["cross"][:width, columns]
-        course = ridge.left_out_course(gram, cross, lams, parts, len(y))
-        if c.score == "raw":
-            return [judged.error(scores, float(c.weight)) for scores in course]
-        share = None if self.is_open("weight") else float(c.weight)
-        return [judged.evidence(scores, self.temperatures, share) for scores in course]
-
     # ---- drift
 
     def drifted(self, task: Task) -> None:
@@ -336,7 +231,12 @@ class Ridge(Method):
         self.state.moved = {**self.state.moved, task.name: far}
         if self.state.tasks and not self.config.reencode and far > STEADY:
             old = range(len(self.state.classes))
-            agree = (self.scores(before, old).argmax(1) == self.scores(after, old).argmax(1)).double().mean().item()
+            agree = (
+                (self.head.scores(before, old).argmax(1) == self.head.scores(after, old).argmax(1))
+                .double()
+                .mean()
+                .item()
+            )
             self.context.warn(
                 f"The features that the ridge head stands on moved by {far:.0%} while {task.name} was learned; of its images "
                 f"the head answers {agree:.0%} as before. What it knows of earlier tasks is as much out of date: on=pretrained "
@@ -350,7 +250,8 @@ class Ridge(Method):
             raise PerdureError(f"reencode=true: the images of {', '.join(gone)} are not at hand. Set reencode=false.")
         state.sums = {}
         for name in state.tasks:
-            self.sum_up(self.inputs(self.seen(here[name])), self.rows_of(here[name])[here[name].train.labels])
+            rows = self.rows_of(here[name])[here[name].train.labels]
+            self.head.add(self.inputs(self.seen(here[name])), rows, len(state.classes))
 
     # ---- answering
 
@@ -362,27 +263,9 @@ class Ridge(Method):
         columns, rows = known(state.classes, query.classes)
         if not rows or query.features is None:
             return logits
-        scores = self.scores(self.inputs(query.features), rows)
+        scores = self.head.scores(self.inputs(query.features), rows)
         visual = (scores if c.score == "raw" else (state.temperature * scores).softmax(1)).float()
         return mix(logits.softmax(1), visual, columns, 1 - state.weight, state.weight, c.gate, query.classes)
-
-    def scores(self, x: Tensor, rows: Sequence[int]) -> Tensor:
-        """φA (N, rows), fp64, of x (N, width)."""
-        self.checked(self.lift(x[:1]).shape[1])
-        columns = self.solved()[:, rows]
-        return torch.cat([self.lift(some) @ columns for some in x.split(CHUNK)])
-
-    def solved(self) -> Tensor:
-        """A (M, rows), fp64, made from the state when it is first asked for."""
-        if self.solution is None:
-            state = self.state
-            factor, jitter = ridge.cholesky(ridge.unpack(state.sums["gram"]), state.lam)
-            if jitter:
-                self.context.warn(
-                    f"The sums of the ridge head are nearly singular: {jitter:.1e} was added to λ = {state.lam:.1e}."
-                )
-            self.solution = ridge.solve(factor, state.sums["cross"])
-        return self.solution
 
     # ---- what it has to say, and state
 
@@ -393,7 +276,7 @@ class Ridge(Method):
 
     def unpack_state(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
         super().unpack_state(files, values)
-        self.solution = None
+        self.head = ClosedForm(self.state, self.head.lift, self.context.warn)
 
 
 METHODS.add(

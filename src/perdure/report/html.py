@@ -9,6 +9,7 @@ import jinja2
 
 from perdure.report import charts, configuration, losses, palette, tables
 from perdure.report.entries import MANY, Entry, Run, collect, comparable, mean, same_order
+from perdure.report.verdict import verdict
 
 COST = ("seconds", "peak_memory_mb")
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -49,7 +50,7 @@ def _context(entries: list[Entry]) -> dict[str, Any]:
     return {
         "entries": entries,
         "streams": streams,
-        "summary": summary(entries),
+        "summary": " ".join(filter(None, [verdict(entries) if len(entries) > 1 else "", summary(entries)])),
         "columns": columns,
         "metrics": list(zip(entries, rows, strict=True)),
         "intervals": any(isinstance(entry.run.get("intervals"), dict) for entry in entries),
@@ -64,6 +65,7 @@ def _context(entries: list[Entry]) -> dict[str, Any]:
         "courses": charts.courses(entries),
         "gaps": charts.gaps(entries),
         "losses": losses.losses(entries),
+        "remarks": [(entry, *table) for entry in entries if (table := tables.remarks(entry))[1]],
         "cost": _cost(entries),
         "settings": configuration.table(entries),
         "protocol": configuration.protocol(entries),

@@ -166,6 +166,14 @@ def times(entry: Entry) -> dict[str, tuple[Value, Value]]:
     return {str(item.get("task")): (number(item.get("train")), number(item.get("evaluate"))) for item in items}
 
 
+def remarks(entry: Entry) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """What a method had to say of each task, as (names, a row of numbers a task); none where it said nothing."""
+    found = {task: mapping(said) for task, said in mapping(entry.run.get("remarks")).items()}
+    names = list(dict.fromkeys(name for said in found.values() for name in said))
+    values = [(str(task), [number(said.get(name)) for name in names]) for task, said in found.items()]
+    return names, [(task, ["\u2013" if v is None else f"{v:.3g}" for v in row]) for task, row in values if names]
+
+
 def seeds(entry: Entry) -> list[dict[str, Any]]:
     """The metrics dicts of each seed, where the run is a mean over seeds."""
     found = entry.run.get("runs")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,16 @@ def multi_domain(order: str) -> Stream:
     return stream(
         {"I": "mini-mtil", "II": "mini-mtil-2"}[order], tuple(tasks), "multi_domain", labels="task", task_id="known"
     )
+
+
+@cache
+def cross_domain() -> Stream:
+    """X-TAIL's protocol (Xu et al., NeurIPS 2024, arXiv:2406.18868) on order I: 16 training images a class unless ``shots``
+    says otherwise, all classes compete from the first evaluation on, the task is hidden."""
+    whole = multi_domain("I")
+    defaults = {**whole.defaults, "all": {**whole.defaults["all"], "shots": 16}}
+    digest = hashlib.sha256(f"X-TAIL on {whole.digest}".encode()).hexdigest()
+    return replace(whole, name="mini-xtail", digest=digest, labels="all", task_id="hidden", defaults=defaults)
 
 
 @cache

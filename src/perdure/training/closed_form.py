@@ -1,0 +1,164 @@
+"""Training by solving: a linear head over random features, from running sums. No steps are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from perdure.core.errors import PerdureError
+from perdure.core.memory import check_square
+from perdure.models.heads import Gate
+from perdure.models.lift import Draw, RandomLayer
+from perdure.ops import ridge
+
+CHUNK = 1024  # images at a time
+HELD_OUT = tuple(10.0**k for k in range(-8, 9))  # RanPAC's candidates for λ, absolute
+
+
+OPEN = ("lam", "temperature", "weight")  # what can be chosen
+Chosen = Literal["chosen"]
+
+
+@dataclass(frozen=True)
+class ClosedFormRecipe:
+    """How a closed-form head is learned, and how it answers."""
+
+    input: Annotated[
+        Literal["hidden", "projected", "patches"],
+        Field(description="what is lifted: pooled features, those after CLIP's projection, or pooled ones and patches"),
+    ] = "hidden"
+    block: Annotated[int, Field(ge=1, le=1000, description="patches: of which block, counted from the last one")] = 2
+    grid: Annotated[int, Field(ge=1, le=100, description="patches: their means over a grid of so many a side")] = 2
+    unit: Annotated[bool, Field(description="make what is lifted unit")] = True
+    features: Annotated[int, Field(ge=0, le=10**6, description="M, random features; 0: no lift")] = 2048
+    weights: Annotated[Draw, Field(description="W: normal, or uniform in ±1/√width")] = "normal"
+    lam: Annotated[Annotated[float, Field(ge=0)] | Chosen, Field(description="λ of the ridge")] = "chosen"
+    choose: Annotated[
+        Literal["loo", "holdout", "fixed"],
+        Field(description="loo: what is 'chosen', by leave-one-out; holdout: λ by RanPAC's rule; fixed: nothing"),
+    ] = "loo"
+    judge: Annotated[
+        int, Field(ge=0, le=10**6, description="loo: choose λ by a head of so many of the features; 0: of all")
+    ] = 0
+    score: Annotated[Literal["softmax", "raw"], Field(description="softmax(τ·scores), or the scores")] = "softmax"
+    temperature: Annotated[Annotated[float, Field(gt=0)] | Chosen, Field(description="τ")] = "chosen"
+    weight: Annotated[Annotated[float, Field(ge=0, le=1)] | Chosen, Field(description="w, the head's share")] = "chosen"
+    gate: Annotated[Gate, Field(description="how classes without a row are kept: see docs/ridge.md")] = "mass"
+    augment: Annotated[bool, Field(description="learn from one random crop of each image")] = False
+    on: Annotated[Literal["pretrained", "drifting"], Field(description="the weights whose features it stands on")] = (
+        "pretrained"
+    )
+    reencode: Annotated[bool, Field(description="drifting: make the sums again from the old images")] = False
+
+    def open(self, key: str) -> bool:
+        """Whether an option is to be chosen; raw scores have no temperature."""
+        return getattr(self, key) == "chosen" and not (key == "temperature" and self.score == "raw")
+
+    def check(self) -> None:
+        """Refuse options that do not go together."""
+        missing = [key for key in OPEN if self.open(key)]
+        if self.choose == "fixed" and missing:
+            raise PerdureError(f"choose=fixed: give a number for {', '.join(missing)}, or choose=loo.")
+        if self.choose == "holdout" and (rest := [key for key in missing if key != "lam"]):
+            raise PerdureError(f"choose=holdout chooses lam alone: give a number for {', '.join(rest)}, or choose=loo.")
+        if self.score == "raw" and self.open("weight"):
+            raise PerdureError("score=raw gives no probabilities to choose a weight by: give weight a number.")
+
+
+class Kept(Protocol):
+    """What outlives a task."""
+
+    sums: dict[str, Tensor]  # gram, packed (M(M + 1)/2); cross (M, C)
+    layer: str  # a mark of W
+    scale: float  # mean ‖φ‖² of the first images
+    lam: float
+
+
+class ClosedForm:
+    """A = (G + λI)⁻¹b over all images ever added, whatever their order: G = Σ φφᵀ, b = Σ φyᵀ, in fp64."""
+
+    def __init__(self, kept: Kept, lift: RandomLayer, warn: Callable[[str], None]):
+        self.kept, self.lift, self.warn = kept, lift, warn
+        self.solution: Tensor | None = None
+
+    def add(self, x: Tensor, rows: Tensor, classes: int) -> None:
+        """Add images x (N, width) of the classes ``rows`` (N,) out of ``classes``."""
+        kept, first = self.kept.sums, self.lift(x[:1])
+        width = self.checked(first.shape[1])
+        gram = ridge.unpack(kept["gram"]) if kept else first.new_zeros(width, width)
+        cross = first.new_zeros(width, classes)
+        if kept:
+            cross[:, : kept["cross"].shape[1]] = kept["cross"]
+        squares = 0.0
+        for some, row in zip(x.split(CHUNK), rows.to(x.device).split(CHUNK), strict=True):
+            lifted = self.lift(some)
+            gram.addmm_(lifted.T, lifted)
+            cross.index_add_(1, row, lifted.T)
+            squares += lifted.square().sum().item()
+        self.kept.layer = self.lift.mark()
+        self.kept.scale = self.kept.scale or squares / len(x)
+        self.kept.sums = {"cross": cross, "gram": ridge.pack(gram)}
+        self.solution = None
+
+    def checked(self, width: int) -> int:
+        """``width``; refused where it does not fit into memory, or where the sums were made with another, or another W."""
+        known = len(self.kept.sums["cross"]) if self.kept.sums else width
+        if known != width:
+            raise PerdureError(f"The ridge head was learned with {known} features, and is asked with {width} now.")
+        self.lift.check(self.kept.layer)
+        check_square(width, 4, "A ridge head", "features")  # the sums, shifted, factored, and one on the way
+        return width
+
+    def solved(self) -> Tensor:
+        """A (M, C), made from the sums when it is first asked for."""
+        if self.solution is None:
+            kept = self.kept
+            factor, jitter = ridge.cholesky(ridge.unpack(kept.sums["gram"]), kept.lam)
+            if jitter:
+                self.warn(f"The ridge head's sums are nearly singular: {jitter:.1e} was added to λ = {kept.lam:.1e}.")
+            self.solution = ridge.solve(factor, kept.sums["cross"])
+        return self.solution
+
+    def scores(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """φA (N, len(rows)), fp64, of x (N, width)."""
+        if self.solution is None:
+            self.checked(self.lift(x[:1]).shape[1])
+        columns = self.solved()[:, rows]
+        return torch.cat([self.lift(some) @ columns for some in x.split(CHUNK)])
+
+    # ---- choosing λ
+
+    def left_out(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        columns: Sequence[int],
+        copies: Sequence[Tensor],
+        lams: Sequence[float],
+        width: int,
+    ) -> Iterator[Tensor]:
+        """For each λ, the scores (N, C') of added images for the classes ``columns``, each as if it had not been added, by a
+        head of the first ``width`` features. ``copies``: groups of images that are left out together."""
+        wanted, rows = torch.tensor(columns, device=x.device), rows.to(x.device)
+        groups = ridge.whole_groups(len(rows), copies, CHUNK)
+
+        def parts() -> Iterator[ridge.Part]:
+            for index, among in groups:
+                yield index, self.lift(x[index], width), (rows[index].unsqueeze(1) == wanted).double(), among
+
+        gram, cross = ridge.unpack(self.kept.sums["gram"]), self.kept.sums["cross"]
+        return ridge.left_out_course(gram[:width, :width], cross[:width, columns], lams, parts, len(rows))
+
+    def held_out(self, x: Tensor, labels: Tensor, order: Tensor) -> float:
+        """λ by RanPAC's rule: fitted on the first four fifths of x (N, width), in ``order``, judged on the rest."""
+        fitted, order = int(0.8 * len(order)), order.to(x.device)
+        if not 0 < fitted < len(order):
+            return self.kept.lam or self.kept.scale  # one image: nothing to judge by
+        targets = F.one_hot(labels.to(x.device)[order]).double()
+        return ridge.best_on_held_out(self.lift(x[order]), targets, fitted, HELD_OUT)
