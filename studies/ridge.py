@@ -47,6 +47,7 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "ConDU's experts and ridge": ("condu+ridge", {}),
     "ConDU's experts and patches": ("condu+ridge", PATCHES),
     "ConDU's experts and patches, half and half": ("condu+ridge", {**PATCHES, "weight": 0.5}),
+    "first task adapted (RanPAC), patches on it": ("finetune+ridge", {**PATCHES, "first_only": True, "on": "drifting"}),
     "fine-tuning and patches, half and half": ("finetune+ridge", {**PATCHES, "weight": 0.5}),
 }
 

@@ -22,7 +22,7 @@ from perdure.models.clip import CLIP
 
 hypothesis.settings.register_profile("perdure", max_examples=50, deadline=None)
 hypothesis.settings.load_profile("perdure")
-SHORT: dict[str, Any] = {"tasks": 3, "images": 32, "iterations": 3, "warmup": 1, "precision": "fp32"}
+SHORT: dict[str, Any] = {"tasks": 3, "images": 16, "iterations": 3, "warmup": 1, "batch_size": 8, "precision": "fp32"}
 
 
 @pytest.fixture

@@ -34,7 +34,8 @@ def violations(path: Path, root: Path = SRC) -> list[str]:
         there = name.split(".")[0]
         upward = FLOORS.get(there, 7) > floor
         beside = there in FLOORS and FLOORS[there] == floor and there != here
-        method = here == there == "methods" and path.stem != "__init__" and not name.startswith("methods.base")
+        free = path.stem in ("__init__", "base") or name.startswith("methods.base")
+        method = here == there == "methods" and not free
         engine = here == "engine" and there == "methods" and not name.startswith("methods.base")
         if upward or beside or method or engine:
             wrong.append(f"{path.relative_to(root)} imports {name}")

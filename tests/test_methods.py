@@ -164,3 +164,12 @@ def test_a_method_is_one_file(short_run: Run, tmp_path: Path, monkeypatch: pytes
     assert none["accuracy"] == short_run("zero_shot")["accuracy"]
     assert all_of_it["accuracy"] == short_run("finetune")["accuracy"]
     assert some["accuracy"] not in (none["accuracy"], all_of_it["accuracy"])
+
+
+def test_first_session_adaptation_trains_on_the_first_task_alone(short_run: Run) -> None:
+    m = short_run("finetune", first_only=True)
+    assert list(m["losses"]) == ["animals"]
+    assert m["accuracy"][1] == m["accuracy"][2] == m["accuracy"][3] != m["accuracy"][0]
+    headed = short_run("finetune+ridge", first_only=True, on="drifting", features=64)
+    moved = [headed["remarks"][task]["features moved by"] for task in headed["tasks"]]
+    assert moved[0] > 0 and moved[1:] == [0.0, 0.0]

@@ -6,7 +6,6 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,14 @@ from perdure.core.state import as_json, digest, only_one, write_json
 from perdure.data.task import Batch, Context, Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
-from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent, summarise
+from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent
 from perdure.engine.settings import Settings, load_clip
+from perdure.engine.summary import summary
 from perdure.engine.watcher import Watcher
 from perdure.methods.base import Method
 from perdure.models.clip import CLIP
 from perdure.training.fit import Losses, Stepper, fit, optimise
 from perdure.training.schedule import Schedule
-
-FORMAT = 1
 
 
 def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, watcher: Watcher) -> dict[str, Any]:
@@ -173,7 +171,7 @@ class Loop:
 
     def learn(self, number: int) -> Losses:
         """Learn task ``number`` (1 …); return its losses, one value a step by name."""
-        task, method, clip = self.to_learn(number), self.method, self.method.clip
+        task, method = self.to_learn(number), self.method
         generator, self.phases = reseed(self.config["seed"], number), {}
         if task is None or not method.learns:
             return Losses()
@@ -181,14 +179,20 @@ class Loop:
         if method.foresees():
             with self.before_the_head():
                 method.foresee(task)
+        losses = self.train_on(task, generator) if method.trains_on(task) else Losses()
+        method.fuse(task)
+        with self.before_the_head():
+            method.calibrate(task)
+        return losses
+
+    def train_on(self, task: Task, generator: torch.Generator) -> Losses:
+        """Take a task's steps."""
+        method, clip = self.method, self.method.clip
         material = method.material(task)
         method.begin_task(material)
         losses = fit(method, material, generator, clip.size, clip.device, self.settings.precision, self.watcher.step)
         if losses.steps:
             clip.trained(f"trained {task.name}", method.parameters().values())
-        method.fuse(task)
-        with self.before_the_head():
-            method.calibrate(task)
         return losses
 
     @contextlib.contextmanager
@@ -214,44 +218,4 @@ class Loop:
 
     def metrics(self) -> dict[str, Any]:
         """The content of ``metrics.json``."""
-        tasks = [t.name for t in self.stream.tasks]
-        figures = summarise(self.stream, self.rows, self.protocol, transfers=self.method.scope == "task")
-        seconds = [r["seconds"] for r in self.records]
-        c = self.config
-        return {
-            "format": FORMAT,
-            "perdure": c["environment"]["perdure"],
-            "finished": len(self.rows) == len(tasks) + 1,
-            "method": c["method"],
-            "reference": self.method.reference,
-            "scope": self.method.scope,
-            "learns": self.method.learns,
-            "stream": c["stream"],
-            "seed": c["seed"],
-            "tasks": tasks,
-            **figures,
-            "gap": [r.get("gap") for r in self.records],
-            "seconds": round(sum(s["train"] + s["evaluate"] for s in seconds), 2),
-            "seconds_by_task": [{"task": r["task"], **r["seconds"]} for r in self.records],
-            "peak_memory_mb": max(r["peak_memory_mb"] for r in self.records),
-            "losses": {r["task"]: thinned(r["losses"]) for r in self.records if r["losses"]},
-            "phases": {
-                r["task"]: {name: thinned(losses) for name, losses in r["phases"].items() if losses}
-                for r in self.records
-                if r.get("phases")
-            },
-            "remarks": {r["task"]: r["remarks"] for r in self.records if r.get("remarks")},
-            "protocol": {"labels": self.protocol.labels, "task_id": self.protocol.task_id},
-            "config": {**c["options"], **asdict(self.settings)},
-            "environment": c["environment"],
-            "data": {"name": self.stream.name, "split": self.stream.digest, "notes": list(self.stream.notes)},
-        }
-
-
-def thinned(losses: dict[str, list[float]], points: int = 60) -> dict[str, list[float]]:
-    """Losses as means over at most ``points`` stretches of steps, with the step at which each ends."""
-    length = len(next(iter(losses.values())))
-    size = -(-length // points)
-    edges = range(0, length, size)
-    means = {n: [round(sum(v[i : i + size]) / len(v[i : i + size]), 5) for i in edges] for n, v in losses.items()}
-    return {"step": [min(i + size, length) for i in edges], **means}
+        return summary(self.config, self.settings, self.method, self.stream, self.protocol, self.rows, self.records)

@@ -19,8 +19,8 @@ from perdure.core.errors import PerdureError, unknown
 from perdure.core.paths import expanded
 from perdure.data.task import Stream
 from perdure.engine.environment import environment
-from perdure.engine.run import FORMAT
 from perdure.engine.settings import Settings, load_clip
+from perdure.engine.summary import FORMAT
 from perdure.launch.options import build_entry, method_options
 from perdure.launch.sources import find_method, find_stream
 from perdure.methods.base import Method

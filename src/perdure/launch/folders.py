@@ -12,8 +12,8 @@ from typing import Any
 from perdure.core.config import options
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.state import only_one, read_json, write_json
-from perdure.engine.run import FORMAT
 from perdure.engine.settings import Settings
+from perdure.engine.summary import FORMAT
 from perdure.engine.watcher import Watcher
 
 NEEDED = {"method", "stream", "seed", "options", "settings", "split", "weights", "environment"}

@@ -4,7 +4,7 @@
 |--------|-----------------------------------------------------------------|-----------------------------------------------|
 | learn  | ``begin_task`` ``parameters`` ``schedule`` ``step`` ``stepped`` | cross entropy, the published recipe           |
 | fuse   | ``start`` ``fuse`` ``experts`` ``base_expert``                  | go on from the last weights; answer with them |
-| answer | ``calibrate`` ``logits`` ``finalize``                           | cosine similarity to the classes' texts       |
+| answer | ``stands_on`` ``look`` ``calibrate`` ``logits`` ``finalize``    | cosine similarity to the classes' texts       |
 | brings | ``modules`` ``material`` ``State``                              | nothing                                       |
 
 A method is one file, here or anywhere: a subclass with the hooks it changes, decorated with ``@register(name)``.
@@ -13,7 +13,7 @@ A method is one file, here or anywhere: a subclass with the hooks it changes, de
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from perdure.core.features import Features
 from perdure.core.packing import kinds, pack, unpack
 from perdure.core.registry import Registry, Row
-from perdure.core.weights import Weights
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
+from perdure.methods.answering import Answering, Expert
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification
 from perdure.training.fit import Backward, Learner, Losses, Stepper, optimise
@@ -40,21 +40,7 @@ class State:
     """What must outlive a task beyond weights and modules; the kinds of fields are those of ``perdure.core.packing``."""
 
 
-@dataclass(frozen=True)
-class Expert:
-    """Weights that answer, and their say. ``weights`` None: those that the model holds after the last task.
-
-    ``gate``: one for all images, or one an image (N,); where it is 0 the expert is not asked. ``features``: of the images
-    by these weights, where they are known already.
-    """
-
-    name: str
-    weights: Weights | None = None
-    gate: float | Tensor = 1.0
-    features: Features | None = None
-
-
-class Method(Learner):
+class Method(Answering, Learner):
     """Sequential fine-tuning, and the base of every method.
 
     ``bind`` gives it the model; then, a task: ``start``, ``begin_task``, steps, ``fuse``, ``calibrate``, ``predict``.
@@ -96,6 +82,10 @@ class Method(Learner):
         self.clip, self.context = clip, context
 
     # ---- learn
+
+    def trains_on(self, task: Task) -> bool:
+        """Whether a task is trained on at all; where it is not, it is fused, calibrated and asked all the same."""
+        return task.index == 0 or not getattr(self.config, "first_only", False)
 
     def begin_task(self, task: Task) -> None:
         """Prepare for the task: what is made here can be made again, and is not state."""
@@ -195,15 +185,6 @@ class Method(Learner):
         texts = self.clip.class_texts([c.prompts() for c in query.classes])
         return self.clip.similarity(self.embed(query), texts)
 
-    def embed(self, query: Query) -> Tensor:
-        """The query's images as unit embeddings (N, D), by the weights the model holds now."""
-        if query.features is not None:
-            return query.features.embedded
-        if query.whole is not None and self.clip.remembers:
-            images, rows = query.whole
-            return self.clip.embeddings(images)[rows.to(self.clip.device)]
-        return self.clip.encode_image(query.images[:])
-
     def look(self, images: Pixels) -> Features:
         """What a head is given of images, by the weights of ``head_expert``, which the model holds now."""
         return self.clip.features(images)
@@ -215,45 +196,6 @@ class Method(Learner):
     def finalizes(self) -> bool:
         """Whether ``finalize`` is more than handing through: only then are the features of ``head_expert`` worked out."""
         return type(self).finalize is not Method.finalize
-
-    def predict(self, query: Query) -> Tensor:
-        """(N, C): Σ gate × logits over the experts, concluded by the answer role."""
-        return self.answer([query])[0]
-
-    @torch.no_grad()
-    def answer(self, queries: Sequence[Query], size: int = 256) -> list[Tensor]:
-        """``predict`` for many queries: an expert's weights are loaded once for all, and it sees only the images that
-        need it, ``size`` at a time. The model is left as it was found."""
-        with self.clip.preserved():
-            base = self.head_expert()
-            if self.finalizes():
-                self.load_expert(base)
-                queries = [replace(query, features=self.look(query.images)) for query in queries]
-            plans = [self.experts(query) for query in queries]
-            totals = [torch.zeros(len(q.images), len(q.classes), device=self.clip.device) for q in queries]
-            for name in dict.fromkeys(expert.name for plan in plans for expert in plan):
-                for query, plan, total in zip(queries, plans, totals, strict=True):
-                    for expert in (e for e in plan if e.name == name):
-                        known = query.features if name == base.name and expert.features is None else expert.features
-                        self.add(expert, replace(query, features=known), total, size)
-            return [self.finalize(query, total) for query, total in zip(queries, totals, strict=True)]
-
-    def load_expert(self, expert: Expert) -> None:
-        """Put an expert's weights on; without weights, those that the model held before any other was loaded."""
-        if expert.weights is None:
-            self.clip.load_last()
-        else:
-            self.clip.load_weights(expert.name, expert.weights)
-
-    def add(self, expert: Expert, query: Query, total: Tensor, size: int) -> None:
-        """Add gate × logits of one expert to ``total`` (N, C), for the images that need it."""
-        gate = torch.as_tensor(expert.gate, dtype=torch.float32).cpu().expand(len(total))
-        rows = gate.nonzero().squeeze(1)
-        if not len(rows):
-            return
-        self.load_expert(expert)
-        for some, part in zip(rows.split(size), query.parts(rows, size), strict=True):
-            total[some] += gate[some].unsqueeze(1).to(total.device) * self.logits(part)
 
     # ---- what it has to say, and state
 

@@ -36,6 +36,9 @@ class Compose(Method):
             if part is not self.learn:
                 part.join(clip, context or Context())
 
+    def trains_on(self, task: Task) -> bool:
+        return self.learn.trains_on(task)
+
     def begin_task(self, task: Task) -> None:
         self.learn.begin_task(task)
 

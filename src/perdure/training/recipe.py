@@ -24,6 +24,9 @@ class Recipe:
     epochs: Annotated[
         int, Field(ge=0, le=10**6, description="passes over a task's images, in place of iterations; 0: iterations")
     ] = 0
+    first_only: Annotated[
+        bool, Field(description="train on the first task alone, then stay (first-session adaptation, as in RanPAC)")
+    ] = False
     batch_size: Annotated[int, Field(ge=1, le=10**6, description="images a step")] = 64
     warmup: Annotated[int, Field(ge=0, le=10**9, description="steps of linear warm-up, then a cosine to 0")] = 100
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of the classification loss")] = 0.2

@@ -1,0 +1,101 @@
+"""How a question is put to experts, each loaded once, and what they say is added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from perdure.core.features import Features
+from perdure.core.weights import Weights
+from perdure.data.files import Pixels
+from perdure.data.task import Query
+from perdure.models.clip import CLIP
+
+
+@dataclass(frozen=True)
+class Expert:
+    """Weights that answer, and their say. ``weights`` None: those that the model holds after the last task.
+
+    ``gate``: one for all images, or one an image (N,); where it is 0 the expert is not asked. ``features``: of the images
+    by these weights, where they are known already.
+    """
+
+    name: str
+    weights: Weights | None = None
+    gate: float | Tensor = 1.0
+    features: Features | None = None
+
+
+class Answering:
+    """What every method does with a question; the hooks that it asks are a ``Method``'s."""
+
+    clip: CLIP
+
+    def experts(self, query: Query) -> Sequence[Expert]:
+        raise NotImplementedError
+
+    def head_expert(self) -> Expert:
+        raise NotImplementedError
+
+    def look(self, images: Pixels) -> Features:
+        raise NotImplementedError
+
+    def logits(self, query: Query) -> Tensor:
+        raise NotImplementedError
+
+    def finalizes(self) -> bool:
+        raise NotImplementedError
+
+    def finalize(self, query: Query, logits: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def predict(self, query: Query) -> Tensor:
+        """(N, C): Σ gate × logits over the experts, concluded by the answer role."""
+        return self.answer([query])[0]
+
+    @torch.no_grad()
+    def answer(self, queries: Sequence[Query], size: int = 256) -> list[Tensor]:
+        """``predict`` for many queries: an expert's weights are loaded once for all, and it sees only the images that
+        need it, ``size`` at a time. The model is left as it was found."""
+        with self.clip.preserved():
+            base = self.head_expert()
+            if self.finalizes():
+                self.load_expert(base)
+                queries = [replace(query, features=self.look(query.images)) for query in queries]
+            plans = [self.experts(query) for query in queries]
+            totals = [torch.zeros(len(q.images), len(q.classes), device=self.clip.device) for q in queries]
+            for name in dict.fromkeys(expert.name for plan in plans for expert in plan):
+                for query, plan, total in zip(queries, plans, totals, strict=True):
+                    for expert in (e for e in plan if e.name == name):
+                        known = query.features if name == base.name and expert.features is None else expert.features
+                        self.add(expert, replace(query, features=known), total, size)
+            return [self.finalize(query, total) for query, total in zip(queries, totals, strict=True)]
+
+    def load_expert(self, expert: Expert) -> None:
+        """Put an expert's weights on; without weights, those that the model held before any other was loaded."""
+        if expert.weights is None:
+            self.clip.load_last()
+        else:
+            self.clip.load_weights(expert.name, expert.weights)
+
+    def add(self, expert: Expert, query: Query, total: Tensor, size: int) -> None:
+        """Add gate × logits of one expert to ``total`` (N, C), for the images that need it."""
+        gate = torch.as_tensor(expert.gate, dtype=torch.float32).cpu().expand(len(total))
+        rows = gate.nonzero().squeeze(1)
+        if not len(rows):
+            return
+        self.load_expert(expert)
+        for some, part in zip(rows.split(size), query.parts(rows, size), strict=True):
+            total[some] += gate[some].unsqueeze(1).to(total.device) * self.logits(part)
+
+    def embed(self, query: Query) -> Tensor:
+        """The query's images as unit embeddings (N, D), by the weights the model holds now."""
+        if query.features is not None:
+            return query.features.embedded
+        if query.whole is not None and self.clip.remembers:
+            images, rows = query.whole
+            return self.clip.embeddings(images)[rows.to(self.clip.device)]
+        return self.clip.encode_image(query.images[:])
