@@ -116,7 +116,7 @@ def query(method: ConDU, clip: CLIP, **options: object) -> Query:
 
 def test_training_is_the_release_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "batches", in_order)
-    monkeypatch.setattr(training, "random_resized_crop", lambda images, size, generator: images)
+    monkeypatch.setattr(training, "crops", lambda pixels, index, size, numbers: pixels[index])
     _, losses = learned(train=True)
     about, _ = case("condu_aggregate_a")
     for n in range(3):
@@ -239,7 +239,7 @@ def test_every_task_is_learned_from_the_pretrained_weights(monkeypatch: pytest.M
     """Whatever the model holds when a task begins, ``start`` goes back to θ⁰, and training there is what θ⁰'s would be."""
     about, t = case("condu_aggregate_a")
     monkeypatch.setattr(training, "batches", in_order)
-    monkeypatch.setattr(training, "random_resized_crop", lambda images, size, generator: images)
+    monkeypatch.setattr(training, "crops", lambda pixels, index, size, numbers: pixels[index])
     ids = {f"0 {k} 1": row for k, row in enumerate(t["task0/tokens_template1"])}
     ends = []
     for moved in (False, True):

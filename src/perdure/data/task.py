@@ -16,7 +16,7 @@ from perdure.core.seeding import derive
 from perdure.data.batch import Batch
 from perdure.data.checks import are_pixels, check_labels, check_range, check_texts, described
 from perdure.data.context import Context, OnDraw, silent
-from perdure.data.files import Pixels, joined, take
+from perdure.data.files import Pixels, at, joined, take
 
 __all__ = ["Batch", "Class", "Context", "Images", "OnDraw", "Probe", "Query", "Stream", "Task", "silent"]
 
@@ -67,6 +67,10 @@ class Images:
         """The images numbered ``index``."""
         captions = None if self.captions is None else tuple(self.captions[k] for k in index.tolist())
         return Images(take(self.pixels, index), self.labels[index], captions)
+
+    def at(self, side: int) -> Images:
+        """The same images; those in files are read at another size."""
+        return replace(self, pixels=at(self.pixels, side))
 
     def few(self, shots: int, generator: torch.Generator) -> Images:
         """``shots`` images a class, drawn; all of a class that has fewer."""
@@ -170,6 +174,11 @@ class Stream:
             if one in seen:
                 raise PerdureError(f"The class '{one.name}' is in two steps of {self.name}: a class belongs to one.")
             seen.add(one)
+
+    def at(self, side: int) -> Stream:
+        """The same stream, whose pictures in files are read at the model's size."""
+        tasks = tuple(replace(t, train=t.train.at(side), test=t.test.at(side)) for t in self.tasks)
+        return replace(self, tasks=tasks, probe=self.probe and replace(self.probe, test=self.probe.test.at(side)))
 
     def check(self, clip: Any) -> None:
         """Refuse, before anything is computed, what ``clip`` cannot be asked or shown: a side without images, floats that are

@@ -1,4 +1,4 @@
-"""Training augmentation for a whole batch at once."""
+"""The augmentation of CLIP's fine-tuning: a random crop of area and aspect (torchvision's RandomResizedCrop), no flip."""
 
 from __future__ import annotations
 
@@ -9,29 +9,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TRIES = 10  # as torchvision's RandomResizedCrop
+SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+Range = tuple[float, float]
 
 
-def random_resized_crop(
-    images: Tensor,
-    size: int,
-    generator: torch.Generator,
-    scale: tuple[float, float] = (0.9, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Tensor:
-    """A random crop of each image's area and aspect, resampled bicubically (CLIP's fine-tuning augmentation, no flip).
+def some_numbers(count: int, generator: torch.Generator) -> Tensor:
+    """(4, TRIES, count) uniform numbers: all that chance has to say about the crops of so many images."""
+    return torch.rand(4, TRIES, count, generator=generator)
 
-    images: (B, 3, H, W) float32 in 0 … 1 → (B, 3, size, size), clamped to the same range.
-    """
-    n, _, height, width = images.shape
-    share, spread, across, down = torch.rand(4, TRIES, n, generator=generator)
+
+def crop_shares(
+    height: Tensor, width: Tensor, numbers: Tensor, scale: Range = SCALE, ratio: Range = RATIO
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Crops (n,) each of images of so many pixels: width and height as shares of the image's, and where they lie in what is
+    left (0 … 1). The first of the tries that fits into the image; where none does, the largest in the middle whose aspect
+    is allowed."""
+    share, spread, across, down = numbers
     area = scale[0] + (scale[1] - scale[0]) * share
     aspect = torch.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * spread)
     wide, tall = (area * aspect * height / width).sqrt(), (area / aspect * width / height).sqrt()
     fits = (wide <= 1) & (tall <= 1)
-    first = fits.int().argmax(0, keepdim=True)
-    missed = ~fits.any(0)  # the whole image, where no try fits into it
-    wide, tall = (x.gather(0, first).squeeze(0).masked_fill(missed, 1.0) for x in (wide, tall))
-    across, down = across[0], down[0]
+    first, missed = fits.int().argmax(0, keepdim=True), ~fits.any(0)
+    most_wide, most_tall = (height * ratio[1] / width).clamp_max(1), (width / (height * ratio[0])).clamp_max(1)
+    wide, tall = wide.gather(0, first).squeeze(0), tall.gather(0, first).squeeze(0)
+    wide, tall = torch.where(missed, most_wide, wide), torch.where(missed, most_tall, tall)
+    middle = torch.full_like(wide, 0.5)
+    return wide, tall, torch.where(missed, middle, across[0]), torch.where(missed, middle, down[0])
+
+
+def crop_box(size: tuple[int, int], numbers: Tensor) -> Box:
+    """The crop of a picture of ``size`` (width, height), in whole pixels as torchvision has it, by ``numbers`` (4, TRIES)."""
+    width, height = (torch.tensor([float(x)]) for x in size)
+    shares = [share.item() for share in crop_shares(height, width, numbers.unsqueeze(2))]
+    wide, tall = (max(1, round(share * x)) for share, x in zip(shares[:2], size, strict=True))
+    left, top = (round(place * (x - own)) for place, x, own in zip(shares[2:], size, (wide, tall), strict=True))
+    return left, top, left + wide, top + tall
+
+
+def random_resized_crop(
+    images: Tensor, size: int, draw: torch.Generator | Tensor, scale: Range = SCALE, ratio: Range = RATIO
+) -> Tensor:
+    """A random crop of each image, resampled bicubically.
+
+    images: (B, 3, H, W) float32 in 0 … 1 → (B, 3, size, size), clamped to the same range. ``draw``: a generator, or
+    ``some_numbers`` of it.
+    """
+    n, _, height, width = images.shape
+    numbers = some_numbers(n, draw) if isinstance(draw, torch.Generator) else draw
+    tall_in, wide_in = (torch.full((n,), float(x)) for x in (height, width))
+    wide, tall, across, down = crop_shares(tall_in, wide_in, numbers, scale, ratio)
     zero = torch.zeros(n)
     rows = ((wide, zero, (1 - wide) * (2 * across - 1)), (zero, tall, (1 - tall) * (2 * down - 1)))
     theta = torch.stack([torch.stack(row, 1) for row in rows], 1)

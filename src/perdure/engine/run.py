@@ -41,6 +41,7 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
         torch.set_num_threads(settings.threads)
         forget_peak_memory()
         clip = load_clip(config, stream)
+        stream = stream.at(clip.size)
         stream.check(clip)
         done = good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
         for saved in done:
@@ -65,7 +66,9 @@ DECIDES = ("method", "stream", "seed", "options", "settings", "split", "weights"
 def identity(config: Mapping[str, Any]) -> str:
     """A digest of everything in a configuration, as it was written, that decides the result: where it is computed does not."""
     parts = {key: config[key] for key in DECIDES}
-    parts["settings"] = {key: value for key, value in config["settings"].items() if key not in ("device", "threads")}
+    parts["settings"] = {
+        key: value for key, value in config["settings"].items() if key not in ("device", "threads", "workers")
+    }
     # of a method or stream that was read from a file, its content: where it lies does not decide anything
     parts["source"] = {kind: about.get("sha256") for kind, about in config.get("source", {}).items()}
     return digest(json.dumps(json.loads(as_json(parts)), sort_keys=True).encode())
@@ -190,7 +193,10 @@ class Loop:
         method, clip = self.method, self.method.clip
         material = method.material(task)
         method.begin_task(material)
-        losses = fit(method, material, generator, clip.size, clip.device, self.settings.precision, self.watcher.step)
+        s = self.settings
+        losses = fit(
+            method, material, generator, clip.size, clip.device, s.precision, self.watcher.step, workers=s.workers
+        )
         if losses.steps:
             clip.trained(f"trained {task.name}", method.parameters().values())
         return losses

@@ -41,6 +41,10 @@ class Settings:
         "auto"
     )
     threads: Annotated[int, Field(ge=0, le=1024, description="processor threads; 0: as torch chooses")] = 0
+    workers: Annotated[
+        int,
+        Field(ge=0, le=256, description="threads that read pictures ahead of training; the same bits with any number"),
+    ] = 4
     tasks: Annotated[int, Field(ge=0, description="only the first tasks, for a quick look; 0: all")] = 0
     images: Annotated[
         int, Field(ge=0, description="at most so many images a task and side, for a quick look; 0: all")

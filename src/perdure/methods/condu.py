@@ -32,11 +32,10 @@ from pydantic import Field
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
-from perdure.core.pixels import as_floats
 from perdure.core.seeding import derive
 from perdure.core.weights import Lazy, Weights, check_alike
+from perdure.data.files import all_cropped
 from perdure.data.task import Context, Query, Task
-from perdure.data.transforms import random_resized_crop
 from perdure.methods.base import METHODS, Expert, Method, Recipe, Row, State, register
 from perdure.models import lora
 from perdure.models.clip import CLIP
@@ -160,7 +159,7 @@ class ConDU(Method):
         parts = task.train.pixels.split(256)
         if self.config.prototype_images == "augmented":
             draw = torch.Generator().manual_seed(derive(self.context.seed, task.name, "crops of the prototypes"))
-            parts = (random_resized_crop(as_floats(x), clip.size, draw) for x in parts)
+            parts = all_cropped(task.train.pixels, clip.size, draw)
         features = torch.cat([clip.encode_image(x) for x in parts])
         means, sizes = class_means(features, task.train.labels.to(clip.device), len(task.classes))
         if empty := [c.name for c, size in zip(task.classes, sizes.tolist(), strict=True) if not size]:

@@ -35,11 +35,9 @@ from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
 from perdure.core.features import Features
-from perdure.core.pixels import as_floats
 from perdure.core.seeding import derive
-from perdure.data.files import Pixels, copies
+from perdure.data.files import Pixels, all_cropped, copies
 from perdure.data.task import Class, Context, Query, Task
-from perdure.data.transforms import random_resized_crop
 from perdure.methods.base import METHODS, Expert, Method, State, register
 from perdure.methods.base import Row as Roles
 from perdure.models.clip import CLIP
@@ -160,8 +158,7 @@ class Ridge(Method):
             return self.look(task.train.pixels)
         draw = torch.Generator().manual_seed(derive(self.context.seed, task.name, "crops of ridge"))
         with self.clip.remembering(False):
-            crops = (random_resized_crop(as_floats(x), self.clip.size, draw) for x in task.train.pixels.split(256))
-            return Features.cat([self.look(crop) for crop in crops])
+            return Features.cat([self.look(crop) for crop in all_cropped(task.train.pixels, self.clip.size, draw)])
 
     def rows_of(self, task: Task) -> Tensor:
         """The row of each of the task's classes (C,); a new one where a new class has images, -1 where a class has none."""

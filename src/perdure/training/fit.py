@@ -6,8 +6,9 @@ learner says what is trained, for how long, and what one step's losses are.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
 from perdure.core.pixels import as_floats
+from perdure.data.files import crops
+from perdure.data.loader import ahead
 from perdure.data.task import Batch, Task
-from perdure.data.transforms import random_resized_crop
+from perdure.data.transforms import some_numbers
 from perdure.training.schedule import Schedule
 
 Gradients = dict[str, Tensor | None]
@@ -93,27 +96,38 @@ def fit(
     device: torch.device,
     precision: str = "fp32",
     on_step: OnStep | None = None,
+    workers: int = 0,
 ) -> Losses:
     """Train on one task; return every loss by name, one value a step.
 
     ``image_size``: the side of the augmented crops, in pixels. ``precision``: ``bf16`` computes under autocast, with the
-    weights and the optimiser in fp32; ``fp32`` computes as stored. Same generator, same task, same bits.
+    weights and the optimiser in fp32; ``fp32`` computes as stored. ``workers``: threads that read pictures ahead. Same
+    generator, same task, same bits, whatever their number.
     """
     while True:
         plan = learner.schedule(task).over(len(task.train))
-        draws = crops(task, plan, generator, image_size)
-        losses = optimise(learner, plan, draws, device, precision, on_step, task.name)
+        with contextlib.closing(drawn(task, plan, generator, image_size, workers)) as draws:
+            losses = optimise(learner, plan, draws, device, precision, on_step, task.name)
         if not losses.steps or not learner.again(task):
             return losses
 
 
-def crops(task: Task, plan: Schedule, generator: torch.Generator, image_size: int) -> Iterator[Batch]:
+def drawn(
+    task: Task, plan: Schedule, generator: torch.Generator, image_size: int, workers: int = 0
+) -> Generator[Batch, None, None]:
     """The task's training images in batches without end, cropped at random where the plan says so."""
-    for index in batches(len(task.train), plan.batch_size, generator):
-        images = as_floats(task.train.pixels[index])
-        if plan.augment:
-            images = random_resized_crop(images, image_size, generator)
-        captions = task.train.captions
+    pixels, captions = task.train.pixels, task.train.captions
+
+    def jobs() -> Iterator[tuple[Tensor, Tensor | None]]:
+        for index in batches(len(task.train), plan.batch_size, generator):
+            yield index, some_numbers(len(index), generator) if plan.augment else None
+
+    def read(job: tuple[Tensor, Tensor | None]) -> Tensor:
+        index, numbers = job
+        return as_floats(pixels[index] if numbers is None else crops(pixels, index, image_size, numbers))
+
+    in_memory = isinstance(pixels, Tensor)  # nothing to wait for
+    for (index, _), images in ahead(jobs(), read, 0 if in_memory else workers, generator):
         more = {} if captions is None else {"captions": tuple(captions[k] for k in index.tolist())}
         yield Batch(images, task.train.labels[index], index=index, **more)
 
