@@ -65,6 +65,11 @@ def configure(
             "method's another name."
         )
     given, complaints = (dict(assignments), []) if isinstance(assignments, Mapping) else pairs(assignments)
+    if "folder" in stream_source and not {**preset, **given}.get("model"):
+        warn(
+            f"{stream_name} is learned by the embedded CLIP, which reads pictures at 32 pixels and knows drawings. For "
+            "photographs give one that knows more, as model=openai/clip-vit-base-patch16."
+        )
     suits = {**data.defaults.get("all", {}), **data.defaults.get(entry.name, {})}
     layer = {key: value for key, value in suits.items() if key in known or key in general}
     values = resolve({**known, **general}, layer, preset, given, complaints=complaints)

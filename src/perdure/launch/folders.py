@@ -17,7 +17,7 @@ from perdure.engine.summary import FORMAT
 from perdure.engine.watcher import Watcher
 
 NEEDED = {"method", "stream", "seed", "options", "settings", "split", "weights", "environment"}
-ELSEWHERE = ("device", "threads")  # where a run is computed is no part of what it is
+ELSEWHERE = ("device", "threads", "workers")  # where a run is computed is no part of what it is
 REPLACED, MOVING = ".replaced", ".moving"
 
 

@@ -12,12 +12,13 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from perdure.benchmarks import STREAMS
+from perdure.benchmarks.folder import load_folder
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.registry import Entry, Registry
@@ -84,13 +85,16 @@ def method_of_class(kind: type[Method]) -> tuple[Entry[Any], Source]:
 
 
 def find_stream(what: str | Stream) -> tuple[Callable[[], Stream], str, Source]:
-    """What makes a stream given by name, file or as an object; its name, and where it comes from."""
+    """What makes a stream given by name, file, folder of pictures or as an object; its name, and where it comes from."""
     plug_in("perdure.streams")
     if isinstance(what, Stream):
         return lambda: what, what.name, {"object": what.name}
     if is_file(what):
         entry, source = from_file(what, STREAMS, stream_in)
         return entry.value, entry.name, source
+    if all(e.name != what for e in STREAMS) and expanded(what).is_dir():
+        base = expanded(what).resolve()
+        return partial(load_folder, base), base.name, {"folder": str(base)}
     return STREAMS[what].value, what, {}
 
 
@@ -200,6 +204,12 @@ def reopened(kind: str, name: str, source: Source) -> str:
         )
     if not source:
         return name
+    if "folder" in source:
+        if not Path(source["folder"]).is_dir():
+            raise PerdureError(
+                f"The pictures of this run lay in {source['folder']}, which is gone. Put the folder back."
+            )
+        return source["folder"]
     path = Path(source["file"])
     if not path.is_file():
         raise PerdureError(f"The {kind} '{name}' of this run was read from {path}, which is gone. Put the file back.")

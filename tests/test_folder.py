@@ -1,0 +1,153 @@
+"""A stream from a folder of pictures: layouts, splits, names, and what cannot be read as one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import perdure
+from perdure.benchmarks import mini
+from perdure.benchmarks.folder import load_folder
+from perdure.core.errors import PerdureError
+from perdure.data.task import Task
+from perdure.launch.configure import configure
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def write(task: Task, home: Path, classes: int, each: int, side: str = "train") -> None:
+    """Some of a task's drawings as PNG files, a folder a class."""
+    images = getattr(task, side)
+    for k, one in enumerate(task.classes[:classes]):
+        folder = home / one.name.replace(" ", "_")
+        folder.mkdir(parents=True)
+        for n, number in enumerate((images.labels == k).nonzero().squeeze(1)[:each].tolist()):
+            Image.fromarray(images.pixels[number].permute(1, 2, 0).numpy()).save(folder / f"{n}.png")
+
+
+def tasks(*names: str) -> list[Task]:
+    known = {t.name: t for t in mini.multi_domain("I").tasks}
+    return [known[name] for name in names]
+
+
+def names(task: Task) -> Sequence[str]:
+    return [one.name for one in task.classes]
+
+
+def test_a_folder_of_classes_is_one_task_and_a_fifth_is_held_out_by_bytes(tmp_path: Path) -> None:
+    (digits,) = tasks("digits")
+    write(digits, tmp_path / "mine", 4, 12)
+    with pytest.warns(UserWarning, match="held out for testing"):
+        stream = load_folder(tmp_path / "mine")
+    (task,) = stream.tasks
+    assert task.name == "mine" and names(task) == sorted(names(task)) and len(task.classes) == 4
+    assert len(task.train) + len(task.test) == 48 and 4 <= len(task.test) <= 18
+    before = set(task.test.pixels.paths)
+    write(digits, tmp_path / "more", 4, 20)
+    for k, path in enumerate(sorted((tmp_path / "more").rglob("*.png"))):
+        shutil.copy(path, tmp_path / "mine" / path.parent.name / f"new{k}.png")  # copies of the old ones among them
+    grown = load_folder(tmp_path / "mine").tasks[0]
+    assert before <= set(grown.test.pixels.paths)  # none has moved
+    sides = [{p.read_bytes() for p in side.pixels.paths} for side in (grown.train, grown.test)]
+    assert not sides[0] & sides[1]  # copies are on one side
+    assert load_folder(tmp_path / "mine").digest != stream.digest
+
+
+def test_a_folder_of_tasks_is_learned_alphabetically_or_in_the_order_given(tmp_path: Path) -> None:
+    for task in tasks("food", "digits"):
+        write(task, tmp_path / "s" / task.name / "train", 3, 5)
+        write(task, tmp_path / "s" / task.name / "test", 3, 4, "test")
+    stream = load_folder(tmp_path / "s")
+    assert [t.name for t in stream.tasks] == ["digits", "food"] and [t.index for t in stream.tasks] == [0, 1]
+    assert [len(t.test) for t in stream.tasks] == [12, 12]
+    (tmp_path / "s" / "stream.yaml").write_text("order: [food]\ntemplates: ['a drawing of {}']\nlabels: all\n")
+    (tmp_path / "s" / "classes.json").write_text(json.dumps({"zero": "nought"}))
+    other = load_folder(tmp_path / "s")
+    assert [t.name for t in other.tasks] == ["food", "digits"] and other.labels == "all"
+    assert other.tasks[0].classes[0].templates == ("a drawing of {}",) and other.digest != stream.digest
+    assert "nought" in names(other.tasks[1])
+
+
+def test_a_run_of_a_folder_is_gone_on_with_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for task in tasks("digits", "food"):
+        write(task, tmp_path / "mine" / task.name, 3, 10)
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    metrics = perdure.run("ridge", "mine", out, features=32, tasks=1)
+    assert metrics["stream"] == "mine" and metrics["tasks"] == ["digits"] and metrics["last"] > 40
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert perdure.resume(out)["finished"]
+    next((tmp_path / "mine" / "digits").rglob("*.png")).unlink()
+    with pytest.raises(PerdureError, match="another version of the stream"):
+        perdure.resume(out)
+    shutil.rmtree(tmp_path / "mine")
+    with pytest.raises(PerdureError, match="which is gone"):
+        perdure.resume(out)
+
+
+def test_a_small_model_for_photographs_is_said(tmp_path: Path) -> None:
+    (digits,) = tasks("digits")
+    write(digits, tmp_path / "mine", 2, 4)
+    said: list[str] = []
+    configure("ridge", str(tmp_path / "mine"), 0, {}, {}, said.append)
+    assert any("model=openai/clip-vit-base-patch16" in text for text in said)
+    said.clear()
+    configure("ridge", str(tmp_path / "mine"), 0, {"model": str(mini.MODEL)}, {}, said.append)
+    assert not said
+
+
+def test_names_that_are_no_words_and_shared_classes_are_said(tmp_path: Path) -> None:
+    (digits,) = tasks("digits")
+    write(digits, tmp_path / "s" / "a", 2, 4)
+    write(digits, tmp_path / "s" / "b", 2, 4)
+    with pytest.warns(UserWarning) as heard:
+        load_folder(tmp_path / "s")
+    texts = " ".join(str(w.message) for w in heard)
+    assert "classes are in several tasks" in texts
+    for k, folder in enumerate(sorted((tmp_path / "s" / "a").iterdir())):
+        folder.rename(folder.with_name(f"class_0{k}"))
+    with pytest.warns(UserWarning, match="is no word that a model could know"):
+        load_folder(tmp_path / "s")
+
+
+def empty(base: Path) -> None:
+    for folder in base.iterdir():
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (empty, "holds no folders"),
+        (lambda base: shutil.rmtree(base / "food"), "one class only|holds no|of two kinds|nothing"),
+        (lambda base: (base / "food" / "empty").mkdir(), "empty holds no picture"),
+        (lambda base: [p.unlink() for p in base.rglob("*.png")], "holds no pictures where"),
+        (lambda base: (base / "stream.yaml").write_text("ordre: [a]"), "Did you mean.*order|order"),
+        (lambda base: (base / "stream.yaml").write_text("order: [fod]"), "food"),
+        (lambda base: (base / "stream.yaml").write_text("templates: ['no place']"), "exactly one"),
+        (lambda base: (base / "stream.yaml").write_text("labels: some"), "labels is one of"),
+        (lambda base: (base / "classes.json").write_text("[1]"), "folder: name"),
+        (lambda base: (base / "classes.json").write_text(json.dumps({"zero": ["a", "b"]})), "one name"),
+        (
+            lambda base: (base / "classes.json").write_text(json.dumps({"zero": "same", "one": "Same "})),
+            "both called 'same'",
+        ),
+    ],
+)
+def test_what_is_no_stream_is_said(spoil: Any, said: str, tmp_path: Path) -> None:
+    base = tmp_path / "s"
+    for task in tasks("digits", "food"):
+        write(task, base / task.name, 2, 3)
+    if "one class only" in said:
+        for extra in sorted((base / "digits").iterdir())[1:]:
+            shutil.rmtree(extra)
+    spoil(base)
+    with pytest.raises(PerdureError, match=said):
+        load_folder(base)
