@@ -22,7 +22,8 @@ SMALL_GENERATOR: dict[str, Any] = {"generator": "stream", "vocabulary": "stream"
 
 def stand_in(preset: dict[str, Any]) -> Stream:
     """Drawings under the names of the tasks that the preset's rates are for."""
-    small = mini.multi_domain("I") if "stream" not in preset else mini.class_incremental()
+    domains = preset["stream"] in ("mtil", "x-tail")
+    small = mini.multi_domain("I") if domains else mini.class_incremental()
     names = list(preset.get("lr_by_task", {})) or [t.name for t in small.tasks[:1]]
     tasks = tuple(replace(small.tasks[0], name=name, index=k) for k, name in enumerate(names))
     return replace(small, name="stand-in", tasks=tasks, defaults={})

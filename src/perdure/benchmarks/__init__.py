@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from perdure.benchmarks import mini
+from perdure.benchmarks import mini, mtil
 from perdure.benchmarks.class_incremental import HOMES, SETTINGS, load_stream
 from perdure.core.registry import Registry
 from perdure.data.task import Stream
 
+MTIL = "each data set where torchvision keeps it; `perdure data check` lists them"
 STREAMS: Registry[Callable[[], Stream]] = Registry("stream")
 STREAMS.add(
     "mini-mtil", lambda: mini.multi_domain("I"), "Eight domains of drawings, one after another, alphabetically."
@@ -20,5 +21,10 @@ STREAMS.add(
     "X-TAIL on them: 16 images a class, the classes of all domains compete from the start, the task is hidden.",
 )  # fmt: skip
 STREAMS.add("mini-cil", mini.class_incremental, "Sixty classes of drawings in ten steps, six new ones a step.")
+STREAMS.add("mtil", lambda: mtil.mtil("I"), "Eleven data sets, one after another (order I).", home=MTIL)
+STREAMS.add("mtil-2", lambda: mtil.mtil("II"), "The same eleven data sets in order II.", home=MTIL)
+STREAMS.add(
+    "x-tail", mtil.x_tail, "Ten of them, 16 images a class, the classes of all compete, the task is hidden.", home=MTIL
+)
 for name, (load, *_, summary) in SETTINGS.items():
     STREAMS.add(name, partial(load_stream, name), summary, home=HOMES[load.__name__])

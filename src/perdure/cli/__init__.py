@@ -1,4 +1,4 @@
-"""The command line: ``perdure run``, ``resume``, ``generate``, ``methods``, ``streams``, ``report``, ``export``, ``demo``."""
+"""The command line, ``perdure``: its commands, and how it ends when something is wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from perdure import __version__
-from perdure.cli import lists, results, runs
+from perdure.cli import data, lists, results, runs
 from perdure.core.errors import PerdureError
 from perdure.terminal import plain_characters, plain_warnings
 
@@ -26,6 +26,7 @@ for command in (
     runs.run, runs.resume, lists.methods, lists.streams, results.generate, results.report, results.export, runs.demo,
 ):  # fmt: skip
     app.command()(command)
+app.add_typer(data.app, name="data")
 
 
 @app.callback(invoke_without_command=True)

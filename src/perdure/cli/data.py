@@ -1,0 +1,96 @@
+"""Commands about data sets: ``data check``, ``data fetch``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
+from perdure.terminal import console
+
+app = typer.Typer(help="Which data sets are there, and how to get the others.", rich_markup_mode="rich")
+Root = Annotated[Path | None, typer.Option(help="Where data sets lie (default: $PERDURE_DATA, else data).")]
+
+
+def base_of(root: Path | None) -> Path:
+    return expanded(root if root is not None else os.environ.get("PERDURE_DATA", "data")).resolve()
+
+
+@app.command()
+def check(
+    folder: Annotated[Path | None, typer.Argument(help="A folder of pictures of your own, to be read whole.")] = None,
+    root: Root = None,
+    read: Annotated[bool, typer.Option("--read", help="Decode every picture, not the lists alone.")] = False,
+) -> None:
+    """Say which of MTIL's data sets are found, where they were looked for, their sizes, and how to get the others; or read
+    every picture of a folder of your own. Exit code 1 if something is missing or damaged."""
+    from perdure.benchmarks import mtil
+    from perdure.benchmarks.folder import load_folder
+    from perdure.data.task import Task
+
+    screen, wrong = console(), 0
+
+    def say(text: str) -> None:
+        screen.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def look(task: Task, decode: bool, more: str = "") -> int:
+        bad = [line for side in (task.train, task.test) for line in unreadable(side.pixels)] if decode else []
+        sizes = f"{len(task.classes)} classes, {len(task.train)} training and {len(task.test)} test images"
+        say(f"{task.name}: found, {sizes}{more}")
+        for line in bad:
+            say(f"  {line}")
+        return len(bad)
+
+    if folder is not None:
+        for task in load_folder(expanded(folder).resolve()).tasks:
+            wrong += look(task, decode=True)
+        say(f"{wrong} pictures cannot be read." if wrong else "Every picture can be read.")
+        raise typer.Exit(1 if wrong else 0)
+    base = base_of(root)
+    for name, one in mtil.SETS.items():
+        try:
+            task = mtil.load(name, base)
+        except PerdureError as error:
+            say(f"{name}: {'missing' if not (base / one.home).exists() else 'not as it should be'}. {error}")
+            wrong += 1
+            continue
+        wrong += look(task, read, f"; split {mtil.mark(name, base)[:12]}; in {base / one.home}")
+    raise typer.Exit(1 if wrong else 0)
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(help="Data sets, as 'perdure data check' names them.")],
+    root: Root = None,
+) -> None:
+    """Download data sets with torchvision. Nothing else in perdure downloads data."""
+    from perdure.benchmarks import mtil
+    from perdure.core.errors import unknown
+
+    for name in names:
+        if name not in mtil.SETS:
+            raise unknown("data set", name, mtil.SETS)
+    base = base_of(root)
+    base.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        task = mtil.load(name, base, fetch=True)
+        console().print(f"{name}: {len(task.train)} training and {len(task.test)} test images in {base}", markup=False)
+
+
+def unreadable(pixels: object) -> list[str]:
+    """What is wrong with pictures in files, a line each."""
+    from perdure.core.errors import DamagedFile
+    from perdure.data.files import Files, opened, readers
+
+    def trouble(path: Path) -> str:
+        try:
+            with opened(path):
+                return ""
+        except DamagedFile as error:
+            return str(error)
+
+    return [line for line in readers().map(trouble, pixels.paths) if line] if isinstance(pixels, Files) else []
