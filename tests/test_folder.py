@@ -151,3 +151,13 @@ def test_what_is_no_stream_is_said(spoil: Any, said: str, tmp_path: Path) -> Non
     spoil(base)
     with pytest.raises(PerdureError, match=said):
         load_folder(base)
+
+
+def test_a_picture_that_cannot_be_read_is_said_before_anything_is_computed(tmp_path: Path) -> None:
+    (digits,) = tasks("digits")
+    write(digits, tmp_path / "mine", 3, 6)
+    bad = sorted((tmp_path / "mine" / "one").iterdir())[2]
+    bad.write_bytes(b"no picture")
+    with pytest.raises(PerdureError, match=rf"1 of its (training|test) pictures cannot be read, {bad}"):
+        perdure.run("ridge", str(tmp_path / "mine"), tmp_path / "run", features=32)
+    assert not (tmp_path / "run").exists()

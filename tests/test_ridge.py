@@ -15,7 +15,7 @@ from torch import Tensor
 
 import perdure
 from perdure.core.errors import PerdureError
-from perdure.data.files import copies
+from perdure.data.copies import copies
 from perdure.data.task import Class, Context, Images, Query, Stream, Task
 from perdure.engine.watcher import Watcher
 from perdure.methods.base import Method

@@ -11,31 +11,16 @@ import torch
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
-from perdure.core.features import Features
 from perdure.core.seeding import derive
 from perdure.data.batch import Batch
 from perdure.data.checks import are_pixels, check_labels, check_range, check_texts, described
+from perdure.data.classes import Class
 from perdure.data.context import Context, OnDraw, silent
-from perdure.data.files import Pixels, at, joined, take
+from perdure.data.files import Pixels, at, cannot_be_opened, joined, take
+from perdure.data.query import Query
 
+LOOKED_AT = 1000  # pictures a side that are opened before anything is computed
 __all__ = ["Batch", "Class", "Context", "Images", "OnDraw", "Probe", "Query", "Stream", "Task", "silent"]
-
-
-@dataclass(frozen=True)
-class Class:
-    """A class: its name and the prompt templates it is asked with; the first is the one training uses."""
-
-    name: str
-    templates: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip():
-            raise PerdureError(f"A class is asked for by its name, which must be a word, not {self.name!r}.")
-        if not self.templates or isinstance(self.templates, str):
-            raise PerdureError(f"The class '{self.name}' has no templates. Give a tuple, as ('a photo of a {{}}.',).")
-
-    def prompts(self) -> list[str]:
-        return [template.format(self.name) for template in self.templates]
 
 
 @dataclass(frozen=True)
@@ -191,6 +176,11 @@ class Stream:
                 if not len(images):
                     raise PerdureError(f"{self.name}, {where}: there are no {side} images. Give at least one.")
                 check_range(images.pixels, f"{self.name}, {where}, {side} images")
+                if bad := cannot_be_opened(images.pixels, LOOKED_AT):
+                    raise PerdureError(
+                        f"{self.name}, {where}: {len(bad)} of its {side} pictures cannot be read, {bad[0]} the first. Put them "
+                        "right or take them away; perdure data check FOLDER reads every picture and names all."
+                    )
             check_texts(part.classes, clip, f"{self.name}, {where}")
         if self.labels == "seen":  # there the classes of all tasks compete
             check_texts([c for t in self.tasks for c in t.classes], clip, self.name)
@@ -227,31 +217,3 @@ class Stream:
         group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)) if grouped else None
         classes = tuple(c for t in self.tasks for c in t.classes)
         return Task("all tasks", classes, sides[0], sides[1], index=0, group=group, parts=len(self.tasks))
-
-
-@dataclass(frozen=True)
-class Query:
-    """A question: which of ``classes`` does each image show?
-
-    images: (N, 3, H, W) uint8, in memory or in files. ``task`` is the number of the task the images belong to, or None
-    where it is hidden or the images belong to none; only the protocol sets it. ``features``: what a tower made of the
-    images, where that is known already. ``whole``: the images that these are the numbered rows of, where all are asked.
-    """
-
-    images: Pixels
-    classes: Sequence[Class]
-    task: int | None = None
-    features: Features | None = None
-    whole: tuple[Pixels, Tensor] | None = None
-
-    def part(self, rows: Tensor) -> Query:
-        """The images numbered ``rows``."""
-        known = None if self.features is None else self.features[rows]
-        return replace(self, images=take(self.images, rows), features=known)
-
-    def parts(self, rows: Tensor, size: int) -> list[Query]:
-        """The images numbered ``rows``, ``size`` at a time."""
-        parts = [self.part(some) for some in rows.split(size)]
-        if len(rows) < len(self.images):
-            return parts
-        return [replace(part, whole=(self.images, some)) for part, some in zip(parts, rows.split(size), strict=True)]

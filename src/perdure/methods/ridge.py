@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from perdure.core.errors import PerdureError
 from perdure.core.features import Features
 from perdure.core.seeding import derive
-from perdure.data.files import Pixels, all_cropped, copies
+from perdure.data.copies import copies
+from perdure.data.files import Pixels, all_cropped
 from perdure.data.task import Class, Context, Query, Task
 from perdure.methods.base import METHODS, Expert, Method, State, register
 from perdure.methods.base import Row as Roles
