@@ -1,6 +1,7 @@
 """Class-incremental streams: classes cut into steps, orders, data in their usual places, input that is wrong."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def draw(path: Path, shade: int, size: tuple[int, int] = (20, 12)) -> Path:
     return path
 
 
-def test_vtab_from_folders_learns_and_is_read_as_needed(home: Path) -> None:
+def test_vtab_from_folders_learns_and_is_read_as_needed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for k in range(50):
         for side, count in (("train", 2), ("test", 1)):
             for n in range(count):
@@ -141,6 +142,12 @@ def test_vtab_from_folders_learns_and_is_read_as_needed(home: Path) -> None:
         "ncm", "vtab-5", home / "run", model=str(mini.MODEL), tasks=2, images=8, labels="seen", class_order=1
     )
     assert metrics["finished"] and metrics["incremental_last"] is not None
+    monkeypatch.delenv("PERDURE_DATA")  # elsewhere, and with nothing said, the run knows where its data lie
+    (home / "elsewhere").mkdir()
+    monkeypatch.chdir(home / "elsewhere")
+    class_incremental.vtab.cache_clear()
+    assert perdure.resume(home / "run")["finished"] and "PERDURE_DATA" not in os.environ
+    monkeypatch.setenv("PERDURE_DATA", str(home))
     draw(home / "vtab" / "train" / "class_00" / "new.png", 1)
     class_incremental.vtab.cache_clear()
     assert STREAMS["vtab-5"].value().digest != stream.digest
