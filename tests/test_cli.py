@@ -121,6 +121,7 @@ def test_bare_perdure_shows_what_there_is(monkeypatch: pytest.MonkeyPatch, capsy
     assert "resume" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resume_without_a_folder_lists_the_runs(
     short_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -138,6 +139,7 @@ def test_resume_without_a_folder_lists_the_runs(
     assert "runs/demo/stopped: 2 tasks learned; go on with: perdure resume runs/demo/stopped" in out
 
 
+@pytest.mark.slow
 def test_a_report_is_written_over_nothing_that_perdure_did_not_write(
     short_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -148,6 +148,7 @@ def test_a_wrong_stream_is_refused_before_anything_is_written(tmp_path: Path) ->
     assert not list(tmp_path.rglob("task_*"))
 
 
+@pytest.mark.slow
 def test_floats_and_bytes_are_one_thing_to_every_reader(clip: CLIP, tmp_path: Path) -> None:
     stream = mini.multi_domain("I").shortened(1, 16)
     task = stream.tasks[0]

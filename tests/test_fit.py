@@ -127,6 +127,7 @@ def test_grouped_loss_is_each_task_alone() -> None:
     torch.testing.assert_close(classification(logits, labels, 0.2, group), sum(own) / 6)
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_says_so(clip: CLIP, stream: Stream) -> None:
     with pytest.raises(PerdureError, match="diverged.*smaller lr"):
         trained(clip, stream, lr=1e6, warmup=0, iterations=8)

@@ -177,6 +177,7 @@ class Ensemble(Method):
         return [made[name] for name in self.order]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [("last", "pretrained"), ("pretrained", "last")])
 @pytest.mark.parametrize("adapt", ["full", "lora"])
 def test_an_expert_named_last_is_what_training_left_whoever_answered_before(
@@ -233,6 +234,7 @@ def test_calibrate_is_given_the_base_expert_s_weights_by_the_loop(
     assert seen == ["pretrained", "pretrained"]
 
 
+@pytest.mark.slow
 def test_row_zero_is_the_pretrained_model_whatever_the_adapters_do(short_run: Any) -> None:
     born = short_run("zero_shot")
     spoilt = short_run("finetune_lora", lora_init="random", lora_rank=4, iterations=1)
@@ -241,8 +243,11 @@ def test_row_zero_is_the_pretrained_model_whatever_the_adapters_do(short_run: An
     assert spoilt["probe"][1] < born["probe"][0]
 
 
+@pytest.mark.slow
 def test_a_phase_s_losses_stand_in_the_record(short_run: Any) -> None:
-    m = short_run("mg_clip", epochs=1, batch_size=16, iterations=0, warmup=0, head_epochs=2, head_batch=8, head_lr=0.02)
+    m = short_run(
+        "mg_clip", epochs=1, batch_size=16, iterations=0, warmup=0, head_epochs=2, head_batch=8, head_lr=0.02, images=32
+    )
     assert set(m["phases"]) == {"animals", "digits", "food"} and set(m["phases"]["food"]) == {"head"}
     course = m["phases"]["food"]["head"]
     assert course["step"][-1] == 2 * 4 and len(course["head"]) == 8 and course["head"][-1] < course["head"][0]

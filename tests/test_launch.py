@@ -236,6 +236,7 @@ def test_entry_points_bring_methods_and_a_broken_one_is_named(tmp_path: Path) ->
 # ---- folders
 
 
+@pytest.mark.slow
 def test_overwriting_loses_nothing_before_the_new_run_has_begun(
     short_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +284,7 @@ def test_a_move_that_is_cut_off_anywhere_is_undone(short_run: Run, monkeypatch: 
     assert sorted(p.name for p in folders.own_files(folder)) == names and launch.is_finished(folder)
 
 
+@pytest.mark.slow
 def test_what_cannot_begin_costs_no_old_run(short_run: Run) -> None:
     """GIFT's pairs were drawn for other settings: that is found before the old run is touched."""
     quick = {"synthetic": 8, "sampling_steps": 2, "sampling_batch": 4, "tasks": 1}
@@ -318,6 +320,7 @@ def test_several_seeds_killed_and_gone_on_with(tmp_path: Path) -> None:
 # ---- another model, another place, another device
 
 
+@pytest.mark.slow
 def test_another_model_under_a_run_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "clip"
     shutil.copytree(mini.MODEL, model)
@@ -375,6 +378,7 @@ def test_all_classes_compete_when_asked(short_run: Run) -> None:
     assert together["accuracy"][2][1] > together["accuracy"][0][1] + 10  # digits are learned among all names
 
 
+@pytest.mark.slow
 def test_an_export_is_whole_or_absent(short_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = short_run("mg_clip", "mini-cil", epochs=1, iterations=0, warmup=0, tasks=2)["folder"]
 

@@ -39,6 +39,7 @@ def test_zero_shot_never_moves(short_run: Run) -> None:
     assert not (m["folder"] / "task_01_animals" / "weights.safetensors").exists() or not weights(m["folder"], 1)
 
 
+@pytest.mark.slow
 def test_finetune_goes_on_from_the_last_weights(short_run: Run) -> None:
     m = short_run("finetune", lr=5e-4, iterations=12)
     assert len(m["accuracy"]) == 4 and all(len(row) == 3 for row in m["accuracy"])
@@ -48,6 +49,7 @@ def test_finetune_goes_on_from_the_last_weights(short_run: Run) -> None:
     assert m["losses"]["digits"]["task"][-1] < m["losses"]["digits"]["task"][0]
 
 
+@pytest.mark.slow
 def test_lora_changes_nothing_but_adapters(short_run: Run) -> None:
     m = short_run("finetune_lora", lora_rank=2, lora_layers=["k_proj", "v_proj"], lr=5e-3)
     saved = weights(m["folder"], 3)
@@ -90,6 +92,7 @@ def test_individual_experts(short_run: Run) -> None:
     assert all(row == hidden["accuracy"][0] for row in hidden["accuracy"])
 
 
+@pytest.mark.slow
 def test_an_expert_is_written_once(short_run: Run) -> None:
     m = short_run("individual")
     found = sorted(p.relative_to(m["folder"]).as_posix() for p in m["folder"].rglob("expert_*"))
@@ -166,6 +169,7 @@ def test_a_method_is_one_file(short_run: Run, tmp_path: Path, monkeypatch: pytes
     assert some["accuracy"] not in (none["accuracy"], all_of_it["accuracy"])
 
 
+@pytest.mark.slow
 def test_first_session_adaptation_trains_on_the_first_task_alone(short_run: Run) -> None:
     m = short_run("finetune", first_only=True)
     assert list(m["losses"]) == ["animals"]

@@ -112,6 +112,7 @@ def zero_shot() -> dict[str, float]:
     return {name: per_cent(h) for name, h in hits.items()}
 
 
+@pytest.mark.slow
 def test_the_small_clip_knows_the_world_and_has_head_room(zero_shot: dict[str, float]) -> None:
     domains = {k: v for k, v in zero_shot.items() if k != "probe"}
     assert sum(domains.values()) / len(domains) >= 58

@@ -184,6 +184,7 @@ def test_an_expert_that_is_missing_sends_the_run_back_to_before_it(short_run: Ru
     assert outcome(folder) == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone(short_run: Run, tmp_path: Path) -> None:
     m = short_run("finetune")
     folder, before = m["folder"], outcome(m["folder"])

@@ -93,6 +93,7 @@ def generator() -> Generator:
     return Generator(str(mini.GENERATOR), steps=2, guidance=3.0, batch_size=4)
 
 
+@pytest.mark.slow
 def test_an_image_has_the_same_bits_alone_and_among_others(generator: Generator) -> None:
     asked = [Request(f"an icon of {c.name}", k) for k, c in enumerate(mini.vocabulary()[:7])]
     together = dict(generator.draw(asked))

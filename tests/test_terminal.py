@@ -75,6 +75,7 @@ def test_of_fifty_tasks_those_that_fit_are_shown_and_the_rest_counted() -> None:
     assert 30 < left < 50 and "not shown" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_every_encoding_can_be_printed_to(encoding: str, short_run: Run) -> None:
     folder = short_run("finetune")["folder"]
