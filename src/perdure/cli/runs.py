@@ -107,8 +107,10 @@ def demo(out: Out = None) -> None:
     runs = [folder / method for method in launch.DEMO]
     for one in runs:
         if not (one / "config.json").exists():
-            launch.begin(one.name, "mini-mtil", one)
-        elif launch.same_run(launch.read_config(one), launch.prepare(one.name, "mini-mtil", 0, [], {})):
+            launch.begin(one.name, "mini-mtil", one, assignments=launch.DEMO[one.name])
+        elif launch.same_run(
+            launch.read_config(one), launch.prepare(one.name, "mini-mtil", 0, launch.DEMO[one.name], {})
+        ):
             raise PerdureError(f"{one} holds a run that is not the demo's. Choose another folder with --out.")
     for one in runs:
         watched(one)
