@@ -27,6 +27,7 @@ from perdure.methods.ridge import Ridge
 from perdure.models.clip import CLIP
 from perdure.models.heads import mix
 from perdure.ops import ridge
+from perdure.training.closed_form import LAMBDAS, TEMPERATURES
 
 Run = Callable[..., dict[str, Any]]
 
@@ -249,8 +250,6 @@ def test_what_is_chosen_is_the_likeliest_by_brute_force(clip: CLIP, stream: Stre
     tasks = [replace(t, train=t.train.spread(24)) for t in stream.tasks[:2]]
     method = small(features=16)
     method.bind(clip, Context(seed=3, labels=chosen))
-    from perdure.methods.ridge import LAMBDAS, TEMPERATURES
-
     table = torch.zeros(len(LAMBDAS), len(TEMPERATURES)).double()
     phis, ys, scale = [], [], 0.0
     for task in tasks:
@@ -345,6 +344,8 @@ def test_bad_input_is_said(clip: CLIP, stream: Stream) -> None:
             small(**values).bind(clip)
     with pytest.raises(PerdureError, match=r"1000000 features needs \d+\.\d GB.*features=\d+ or"):
         learned(clip, [replace(task, train=task.train.spread(2))], features=10**6)
+    with pytest.raises(PerdureError, match="grid=5: the image tower of .* has 4 blocks and 4 × 4 patches"):
+        small(input="patches", grid=5).bind(clip)
     dark = Images(torch.zeros_like(task.train.pixels), task.train.labels)
     method = small()
     method.bind(clip)

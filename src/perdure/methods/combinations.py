@@ -6,6 +6,7 @@ condu+mg_clip        ConDU, and MG-CLIP's head on the pre-trained features, whic
 gift+condu+mg_clip   all three
 finetune+ridge       sequential fine-tuning, and a ridge head on the pre-trained features
 condu+ridge          ConDU's experts, and a ridge head on the pre-trained features
+ridge_patches        the ridge head alone, wide, and on patches too
 """
 
 from __future__ import annotations
@@ -33,4 +34,8 @@ METHODS.add(
 METHODS.add(
     "condu+ridge", Row(learn=("finetune", {}), fuse=("condu", {}), answer=("ridge", {})),
     "ConDU's experts, with a ridge head on the pre-trained image features.",
+)  # fmt: skip
+METHODS.add(
+    "ridge_patches", Row(learn=("ridge", {"input": "patches", "features": 4096, "judge": 1024})),
+    "A wide ridge head that reads the patches of an earlier block too: what perdure recommends.", paper="arXiv:2406.18868",
 )  # fmt: skip

@@ -16,16 +16,14 @@ learned in all tasks but for that one image, and the likelihood of the mixture, 
   is thrown away on the way to the text. It is perdure's own, like the choice by leave-one-out and ``gate=mass``.
 - RAIL (preset ``rail-xtail``): the fp64 batch solution, where the release has an fp32 recursion; an image counts as one of a
   learned class if any class of that name has been learned. The dual (kernel) form keeps every image and is left out.
-- RanPAC (preset ``ranpac-cifar100``): λ by hold-out, as there, on the task's own images alone; its first-task adaptation is
-  not part of this.
-- ``on=pretrained``: the head stands on the pre-trained weights, whatever learns beside it, and is exact for ever.
-  ``on=drifting``: on what the fuse role calls its base; how far the features move is measured, and ``reencode`` makes the sums
-  again from the old images.
+- RanPAC (preset ``ranpac-cifar100``): λ by hold-out on the task's own images; its first-task adaptation: ``first_only``.
+- ``on=pretrained``: the head stands on the pre-trained weights whatever learns, and is exact for ever; ``on=drifting``: on
+  what the fuse role calls its base, whose moves are measured (``reencode``: the sums are made again from the old images).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,12 +33,12 @@ from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
 from perdure.core.features import Features
+from perdure.core.memory import check_square
 from perdure.core.seeding import derive
 from perdure.data.copies import copies
 from perdure.data.files import Pixels, all_cropped
 from perdure.data.task import Class, Context, Query, Task
-from perdure.methods.base import METHODS, Expert, Method, State, register
-from perdure.methods.base import Row as Roles
+from perdure.methods.base import Expert, Method, State, register
 from perdure.models.clip import CLIP
 from perdure.models.heads import Row, known, mix, places
 from perdure.models.lift import RandomLayer
@@ -48,15 +46,13 @@ from perdure.ops import ridge
 from perdure.training.closed_form import OPEN, ClosedForm, ClosedFormRecipe
 from perdure.training.schedule import Schedule
 
-LAMBDAS = tuple(10 ** (k / 2) for k in range(-8, 1))  # times the mean ‖φ‖² of the first task
-TEMPERATURES = tuple(2.5 * 2 ** (k / 2) for k in range(11))
 STEADY = 0.02  # a mean move of features that is not worth a warning
 
 
 @dataclass
 class Sums(State):
-    """The running sums, and what was chosen. ``evidence``: Σ over tasks, by λ and τ (``of_all``: of the λ of the day, where
-    λ was judged by fewer features); ``moved``: by task, how far the features of its images moved while it was learned."""
+    """The running sums and what was chosen, as ``ClosedForm`` keeps them, and what they are of. ``moved``: by task, how far the
+    features of its images moved while it was learned."""
 
     classes: list[Row] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -64,6 +60,7 @@ class Sums(State):
     sums: dict[str, Tensor] = field(default_factory=dict)  # gram, packed; cross (M, C)
     layer: str = ""  # sha256 of W
     scale: float = 0.0  # mean ‖φ‖² of the first task's images
+    images: int = 0
     evidence: ridge.Evidence = field(default_factory=list)
     evidence_of_all: ridge.Evidence = field(default_factory=list)
     lam: float = 0.0
@@ -89,6 +86,9 @@ class Ridge(Method):
         super().join(clip, context)
         c = self.config
         c.check()
+        check_square(c.features, 4, "A ridge head", "features")
+        if c.input == "patches":
+            clip.checked_side(c.block, c.grid)
         lift = RandomLayer(c.features, c.weights, derive(context.seed, "random layer of ridge"))
         self.head = ClosedForm(self.state, lift, context.warn)
 
@@ -134,9 +134,7 @@ class Ridge(Method):
         seen = self.seen(task)
         x = self.inputs(seen)
         if not x.any():
-            raise PerdureError(
-                f"{task.name}: the features of all its images are 0. There is nothing to learn a head from."
-            )
+            raise PerdureError(f"{task.name}: the features of all its images are 0: nothing to learn a head from.")
         if c.on == "drifting":
             self.drifted(task)
             if c.reencode:
@@ -148,7 +146,7 @@ class Ridge(Method):
         if c.choose == "holdout" and c.open("lam"):
             state.lam = self.head.held_out(x, task.train.labels, self.order(task))
         elif c.choose == "loo" and any(map(c.open, OPEN)):
-            self.by_leave_one_out(task, seen, rows)
+            self.head.choose(c, *self.judged(task, seen, rows), x, rows[task.train.labels], copies(task.train.pixels))
         for key in OPEN:
             if getattr(c, key) != "chosen":
                 setattr(state, key, float(getattr(c, key)))
@@ -184,30 +182,6 @@ class Ridge(Method):
         """The order in which hold-out takes a task's images."""
         draw = torch.Generator().manual_seed(derive(self.context.seed, task.name, "order of ridge's hold-out"))
         return torch.randperm(len(task.train), generator=draw)
-
-    def by_leave_one_out(self, task: Task, seen: Features, rows: Tensor) -> None:
-        """Add the task's evidence to that of the tasks before, and take λ, τ and w where it is likeliest."""
-        c, state, whole = self.config, self.state, len(self.state.sums["cross"])
-        lams = [state.scale * k for k in LAMBDAS] if c.lam == "chosen" else [float(c.lam)]
-        taus = TEMPERATURES if c.open("temperature") else [1.0 if c.score == "raw" else float(c.temperature)]
-        share = None if c.open("weight") else float(c.weight)
-        judged, columns = self.judged(task, seen, rows)
-        x, y, groups = self.inputs(seen), rows[task.train.labels], copies(task.train.pixels)
-
-        def evidence(lams: Sequence[float], width: int) -> ridge.Evidence:
-            course = self.head.left_out(x, y, columns, groups, lams, width)
-            return [
-                judged.error(s, share or 0.0) if c.score == "raw" else judged.evidence(s, taus, share) for s in course
-            ]
-
-        width = min(c.judge or whole, whole)
-        state.evidence = ridge.added(state.evidence, evidence(lams, width))
-        lam, tau = ridge.likeliest(state.evidence)
-        state.lam, found = lams[lam], state.evidence[lam]
-        if width < whole:
-            state.evidence_of_all = ridge.added(state.evidence_of_all, evidence([state.lam], whole))
-            (found,), (_, tau) = state.evidence_of_all, ridge.likeliest(state.evidence_of_all)
-        state.temperature, state.weight = taus[tau], found[tau][1] / sum(state.counts)
 
     def judged(self, task: Task, seen: Features, rows: Tensor) -> tuple[ridge.Judged, list[int]]:
         """What the text says of the task's images, among the classes that compete and have a row; and those rows."""
@@ -275,9 +249,3 @@ class Ridge(Method):
     def unpack_state(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
         super().unpack_state(files, values)
         self.head = ClosedForm(self.state, self.head.lift, self.context.warn)
-
-
-METHODS.add(
-    "ridge_patches", Roles(learn=("ridge", {"input": "patches", "features": 4096, "judge": 1024})),
-    "A wide ridge head that reads the patches of an earlier block too: what perdure recommends.", paper="arXiv:2406.18868",
-)  # fmt: skip

@@ -114,13 +114,7 @@ class CLIP(Held):
         """Many images (N, 3, H, W), in memory or in files, ``size`` at a time, without gradients. ``block``: of which block,
         counted from the last one as 1, the patches are wanted, as means over ``grid`` × ``grid`` fields; 0: of none. Kept while
         ``remembering``. ``PerdureError`` where there is no such block or grid."""
-        vision = self.backbone.config.vision_config
-        side = vision.image_size // vision.patch_size
-        if block > vision.num_hidden_layers or grid > side:
-            raise PerdureError(
-                f"block={block}, grid={grid}: the image tower of {self.path} has {vision.num_hidden_layers} blocks and "
-                f"{side} × {side} patches."
-            )
+        side = self.checked_side(block, grid)
 
         def seen(images: Tensor) -> Features:
             out = self.backbone.vision_model(pixel_values=self.pixels(images), output_hidden_states=block > 0)
@@ -135,6 +129,17 @@ class CLIP(Held):
 
         with torch.no_grad():
             return self.recall(("images", id(pixels), block, grid), pixels, all_seen)
+
+    def checked_side(self, block: int, grid: int) -> int:
+        """Patches a side; refused where the image tower has no such block, or fewer patches than the grid has fields."""
+        vision = self.backbone.config.vision_config
+        side: int = vision.image_size // vision.patch_size
+        if block > vision.num_hidden_layers or grid > side:
+            raise PerdureError(
+                f"block={block}, grid={grid}: the image tower of {self.path} has {vision.num_hidden_layers} blocks and "
+                f"{side} × {side} patches."
+            )
+        return side
 
     def embeddings(self, pixels: Any) -> Tensor:
         """``encode_image`` of many images, as ``features`` has it."""

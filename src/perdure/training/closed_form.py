@@ -18,6 +18,8 @@ from perdure.models.lift import Draw, RandomLayer
 from perdure.ops import ridge
 
 CHUNK = 1024  # images at a time
+LAMBDAS = tuple(10 ** (k / 2) for k in range(-8, 1))  # times the mean ‖φ‖² of the first task
+TEMPERATURES = tuple(2.5 * 2 ** (k / 2) for k in range(11))
 HELD_OUT = tuple(10.0**k for k in range(-8, 9))  # RanPAC's candidates for λ, absolute
 
 
@@ -77,7 +79,12 @@ class Kept(Protocol):
     sums: dict[str, Tensor]  # gram, packed (M(M + 1)/2); cross (M, C)
     layer: str  # a mark of W
     scale: float  # mean ‖φ‖² of the first images
+    images: int  # that λ, τ and w were judged by
+    evidence: ridge.Evidence  # Σ over tasks, by λ and τ
+    evidence_of_all: ridge.Evidence  # by τ, of the λ of the day, where λ was judged by fewer features
     lam: float
+    temperature: float
+    weight: float
 
 
 class ClosedForm:
@@ -154,6 +161,33 @@ class ClosedForm:
 
         gram, cross = ridge.unpack(self.kept.sums["gram"]), self.kept.sums["cross"]
         return ridge.left_out_course(gram[:width, :width], cross[:width, columns], lams, parts, len(rows))
+
+    def choose(
+        self, recipe: ClosedFormRecipe, judged: ridge.Judged, columns: Sequence[int], x: Tensor, rows: Tensor,
+        copies: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        """Add the evidence of the images last added to that of those before, and take λ, τ and w where it is likeliest."""
+        c, kept, whole = recipe, self.kept, len(self.kept.sums["cross"])
+        lams = [kept.scale * k for k in LAMBDAS] if c.lam == "chosen" else [float(c.lam)]
+        taus = TEMPERATURES if c.open("temperature") else [1.0 if c.score == "raw" else float(c.temperature)]
+        share = None if c.open("weight") else float(c.weight)
+
+        def evidence(lams: Sequence[float], width: int) -> ridge.Evidence:
+            course = self.left_out(x, rows, columns, copies, lams, width)
+            return [
+                judged.error(s, share or 0.0) if c.score == "raw" else judged.evidence(s, taus, share) for s in course
+            ]
+
+        width = min(c.judge or whole, whole)
+        kept.evidence = ridge.added(kept.evidence, evidence(lams, width))
+        lam, tau = ridge.likeliest(kept.evidence)
+        kept.lam, found = lams[lam], kept.evidence[lam]
+        if width < whole:
+            kept.evidence_of_all = ridge.added(kept.evidence_of_all, evidence([kept.lam], whole))
+            (found,), (_, tau) = kept.evidence_of_all, ridge.likeliest(kept.evidence_of_all)
+        kept.images += len(x)
+        kept.temperature, kept.weight = taus[tau], found[tau][1] / kept.images
+        self.solution = None
 
     def held_out(self, x: Tensor, labels: Tensor, order: Tensor) -> float:
         """λ by RanPAC's rule: fitted on the first four fifths of x (N, width), in ``order``, judged on the rest."""
