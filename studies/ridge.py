@@ -1,6 +1,6 @@
 """The ridge head on the small world: what it reaches on every stream and protocol, and which composition is best.
 
-    python studies/ridge.py [--seeds 3] [--jobs 2] [--runs DIR] [table] [candidates] [domains]
+    python studies/ridge.py [--seeds 3] [--jobs 2] [--runs DIR] [table] [candidates] [hidden] [domains]
 
 The composition was chosen on ``mini-mtil`` (``candidates``); no other column of ``table`` took part in that. Everything is
 resumable. Tables go to ``docs/ridge``.
@@ -9,13 +9,14 @@ resumable. Tables go to ``docs/ridge``.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from runs import command, do, read, spread
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "ridge"
-PARTS = ("table", "candidates", "domains")
+PARTS = ("table", "candidates", "hidden", "domains")
 HIDDEN = {"labels": "all", "task_id": "hidden"}
 # column of the table → stream and options
 STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -87,22 +88,41 @@ def table(runs: Path, seeds: int, jobs: int) -> None:
 
 
 def candidates(runs: Path, seeds: int, jobs: int) -> None:
-    """What was tried on order I, the task known, and with all names competing and the task hidden."""
-    names = {f"{name.strip('*')}, {k}": (m, "mini-mtil", {**v, **p}) for name, (m, v) in CANDIDATES.items()
-             for k, p in (("known", {}), ("hidden", HIDDEN))}  # fmt: skip
-    ran(runs, names, seeds, jobs)
-    lines = [
-        "| | Transfer | Average | Last | probe | seconds to learn | hidden: Transfer | Last |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name in CANDIDATES:
-        known, hidden = (found(runs, f"{name.strip('*')}, {k}", seeds) for k in ("known", "hidden"))
-        cells = [spread([m[f] for m in known]) for f in ("transfer", "average", "last")]
-        cells.append(spread([m["probe"][-1] for m in known]))
-        cells.append(f"{sum(s['train'] for m in known for s in m['seconds_by_task']) / len(known):.0f}")
-        cells += [spread([m[f] for m in hidden]) for f in ("transfer", "last")]
+    """What was tried on order I, the task known."""
+    ran(runs, {plain(name): (m, "mini-mtil", v) for name, (m, v) in CANDIDATES.items()}, seeds, jobs)
+    compared("candidates", runs, CANDIDATES, "", seeds)
+
+
+def hidden(runs: Path, seeds: int, jobs: int) -> None:
+    """The closed forms among them, with all names competing and the task hidden."""
+    closed = {name: one for name, one in CANDIDATES.items() if one[0] in ("ridge", "ridge_patches")}
+    ran(runs, {f"{plain(n)}, hidden": (m, "mini-mtil", {**v, **HIDDEN}) for n, (m, v) in closed.items()}, seeds, jobs)
+    compared("hidden", runs, closed, ", hidden", seeds)
+
+
+def compared(part: str, runs: Path, rows: Iterable[str], mark: str, seeds: int) -> None:
+    """A table of rows: figures, the probe at the end, seconds of learning."""
+    titles = (
+        f"{seeds} seed{'s' * (seeds > 1)}",
+        "Transfer",
+        "Average",
+        "Last",
+        "probe, after",
+        "seconds to learn eight tasks",
+    )
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for name in rows:
+        metrics = found(runs, plain(name) + mark, seeds)
+        cells = [spread([m[f] for m in metrics]) for f in ("transfer", "average", "last")]
+        cells.append(spread([m["probe"][-1] for m in metrics]))
+        cells.append(f"{sum(s['train'] for m in metrics for s in m['seconds_by_task']) / len(metrics):.0f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    finish("candidates", lines)
+    finish(part, lines)
+
+
+def plain(name: str) -> str:
+    """A row's name as a folder."""
+    return name.strip("*")
 
 
 def domains(runs: Path, seeds: int, jobs: int) -> None:
