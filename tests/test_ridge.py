@@ -91,6 +91,19 @@ def test_a_jitter_is_reported_where_rounding_has_made_the_sums_indefinite() -> N
     assert jitter > 0 and torch.isfinite(factor).all()
 
 
+@pytest.mark.parametrize("lam", [1e-3, 1.0])
+def test_the_recursion_of_the_papers_ends_at_the_same_solution(lam: float) -> None:
+    """Woodbury, seven images at a time, in a shuffled order (RAIL, eq. of the primal form), in fp64."""
+    phi, _, y = world(32)
+    inverse, solution = torch.eye(32).double() / lam, torch.zeros(32, 7).double()
+    for some_ in torch.randperm(60, generator=torch.Generator().manual_seed(1)).split(7):
+        batch = phi[some_]
+        gain = inverse @ batch.T @ torch.linalg.inv(torch.eye(len(some_)).double() + batch @ inverse @ batch.T)
+        inverse = inverse - gain @ batch @ inverse
+        solution = solution + inverse @ batch.T @ (y[some_] - batch @ solution)
+    assert close(ridge.solve(ridge.cholesky(sums(phi, y)[0], lam)[0], phi.T @ y), solution, 1e-9)
+
+
 def test_a_large_lambda_leaves_class_sums() -> None:
     phi, _, y = world(32)
     gram, cross = sums(phi, y)
