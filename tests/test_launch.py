@@ -374,7 +374,7 @@ def test_all_classes_compete_when_asked(short_run: Run) -> None:
         for one, two in zip(apart["accuracy"], together["accuracy"], strict=True)
         for a, b in zip(one, two, strict=True)
     ]
-    assert all(a >= b for a, b in pairs) and sum(a > b for a, b in pairs) > 6
+    assert all(a >= b for a, b in pairs) and sum(a > b for a, b in pairs) > 3
     assert together["accuracy"][2][1] > together["accuracy"][0][1] + 10  # digits are learned among all names
 
 
