@@ -101,6 +101,11 @@ def test_a_small_model_for_photographs_is_said(tmp_path: Path) -> None:
     said.clear()
     configure("ridge", str(tmp_path / "mine"), 0, {"model": str(mini.MODEL)}, {}, said.append)
     assert not said
+    embedded, _ = configure("finetune", str(tmp_path / "mine"), 0, {}, {}, said.append)
+    other, _ = configure("finetune", str(tmp_path / "mine"), 0, {"model": "someone/clip"}, {}, said.append)
+    assert (
+        embedded["options"]["lr"] == 2e-4 and other["options"]["lr"] == 1e-5
+    )  # what suits drawings suits no other CLIP
 
 
 def test_names_that_are_no_words_and_shared_classes_are_said(tmp_path: Path) -> None:
@@ -126,11 +131,11 @@ def empty(base: Path) -> None:
     ("spoil", "said"),
     [
         (empty, "holds no folders"),
-        (lambda base: shutil.rmtree(base / "food"), "one class only|holds no|of two kinds|nothing"),
+        (lambda base: shutil.rmtree(base / "food"), "one class only"),
         (lambda base: (base / "food" / "empty").mkdir(), "empty holds no picture"),
         (lambda base: [p.unlink() for p in base.rglob("*.png")], "holds no pictures where"),
-        (lambda base: (base / "stream.yaml").write_text("ordre: [a]"), "Did you mean.*order|order"),
-        (lambda base: (base / "stream.yaml").write_text("order: [fod]"), "food"),
+        (lambda base: (base / "stream.yaml").write_text("ordre: [a]"), "Did you mean 'order'"),
+        (lambda base: (base / "stream.yaml").write_text("order: [fod]"), "Did you mean 'food'"),
         (lambda base: (base / "stream.yaml").write_text("templates: ['no place']"), "exactly one"),
         (lambda base: (base / "stream.yaml").write_text("labels: some"), "labels is one of"),
         (lambda base: (base / "classes.json").write_text("[1]"), "folder: name"),

@@ -6,8 +6,8 @@
 
 A class is asked for by its folder's name, or by what ``classes.json`` says (``{folder: name}``), beside the classes or in DIR.
 ``stream.yaml`` in DIR may give ``order`` (of tasks), ``templates``, ``labels``, ``task_id``. Where there is no split, a fifth
-of each class is held out by the hash of its bytes: adding pictures moves none from one side to the other, and copies stay
-on one side.
+of each class is held out by the hash of its bytes: copies stay on one side, and adding pictures moves none to the other,
+but for a class so small that all fell on one side and one had to be chosen.
 """
 
 from __future__ import annotations

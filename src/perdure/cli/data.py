@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,9 @@ Root = Annotated[Path | None, typer.Option(help="Where data sets lie (default: $
 
 
 def base_of(root: Path | None) -> Path:
-    return expanded(root if root is not None else os.environ.get("PERDURE_DATA", "data")).resolve()
+    from perdure.benchmarks import class_incremental
+
+    return expanded(root).resolve() if root is not None else class_incremental.root()
 
 
 @app.command()

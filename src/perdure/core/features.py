@@ -41,7 +41,8 @@ class Memory:
     """Results that stay true, by question; the oldest leave when more than ``most`` bytes are kept."""
 
     def __init__(self, most: int = 1 << 30):
-        self.most, self.kept = most, {}  # type: tuple[int, dict[Hashable, tuple[Any, Any]]]
+        self.most = most
+        self.kept: dict[Hashable, tuple[Any, Any]] = {}
 
     def recall(self, question: Hashable, about: Any, compute: Callable[[], T]) -> T:
         """``compute()``, or what it gave for the same question before.

@@ -71,7 +71,11 @@ def configure(
             "photographs give one that knows more, as model=openai/clip-vit-base-patch16."
         )
     suits = {**data.defaults.get("all", {}), **data.defaults.get(entry.name, {})}
-    layer = {key: value for key, value in suits.items() if key in known or key in general}
+    model = str({**preset, **given}.get("model") or "")
+    own = (
+        not model or expanded(model).resolve() == Path(data.model).resolve()
+    )  # what suits a stream suits the CLIP it is for
+    layer = {key: value for key, value in suits.items() if key in general or (own and key in known)}
     values = resolve({**known, **general}, layer, preset, given, complaints=complaints)
     check_rates(values, data, "lr_by_task" in given, warn)
     settings = Settings(**{key: values[key] for key in general}).settled(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -29,28 +30,34 @@ class Expert:
     features: Features | None = None
 
 
-class Answering:
+class Answering(ABC):
     """What every method does with a question; the hooks that it asks are a ``Method``'s."""
 
     clip: CLIP
 
+    @abstractmethod
     def experts(self, query: Query) -> Sequence[Expert]:
-        raise NotImplementedError
+        """As ``Method`` has it."""
 
+    @abstractmethod
     def head_expert(self) -> Expert:
-        raise NotImplementedError
+        """As ``Method`` has it."""
 
+    @abstractmethod
     def look(self, images: Pixels) -> Features:
-        raise NotImplementedError
+        """As ``Method`` has it."""
 
+    @abstractmethod
     def logits(self, query: Query) -> Tensor:
-        raise NotImplementedError
+        """As ``Method`` has it."""
 
+    @abstractmethod
     def finalizes(self) -> bool:
-        raise NotImplementedError
+        """As ``Method`` has it."""
 
+    @abstractmethod
     def finalize(self, query: Query, logits: Tensor) -> Tensor:
-        raise NotImplementedError
+        """As ``Method`` has it."""
 
     def predict(self, query: Query) -> Tensor:
         """(N, C): Σ gate × logits over the experts, concluded by the answer role."""

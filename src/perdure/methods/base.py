@@ -163,8 +163,9 @@ class Method(Answering, Learner):
     # ---- answer
 
     def stands_on(self) -> Expert | None:
-        """The weights whose features the answer role wants; None: those of ``base_expert``."""
-        return None
+        """The weights whose features the answer role wants; None: those of ``base_expert``. A head that has the option ``on``
+        may be told to stand on the pre-trained ones."""
+        return Expert("pretrained", self.clip.pretrained) if getattr(self.config, "on", "") == "pretrained" else None
 
     def head_expert(self) -> Expert:
         """The weights whose features a head is fitted on, and answers on."""

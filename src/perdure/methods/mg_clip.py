@@ -37,7 +37,7 @@ from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Class, Context, Query, Task
-from perdure.methods.base import Expert, Method, Recipe, State, register
+from perdure.methods.base import Method, Recipe, State, register
 from perdure.models import lora
 from perdure.models.clip import CLIP
 from perdure.models.heads import CosineHead, Gate, Row, known, mix, places, softmax
@@ -189,9 +189,6 @@ class MGCLIP(Method):
         return True
 
     # ---- compensate
-
-    def stands_on(self) -> Expert | None:
-        return Expert("pretrained", self.clip.pretrained) if self.config.on == "pretrained" else None
 
     def calibrate(self, task: Task) -> None:
         if not self.config.head:

@@ -38,7 +38,7 @@ from perdure.core.seeding import derive
 from perdure.data.copies import copies
 from perdure.data.files import Pixels, all_cropped
 from perdure.data.task import Class, Context, Query, Task
-from perdure.methods.base import Expert, Method, State, register
+from perdure.methods.base import Method, State, register
 from perdure.models.clip import CLIP
 from perdure.models.heads import Row, known, mix, places
 from perdure.models.lift import RandomLayer
@@ -101,9 +101,6 @@ class Ridge(Method):
     def parameters(self) -> Mapping[str, nn.Parameter]:
         return {}
 
-    def stands_on(self) -> Expert | None:
-        return Expert("pretrained", self.clip.pretrained) if self.config.on == "pretrained" else None
-
     # ---- features
 
     def look(self, images: Pixels) -> Features:
@@ -136,7 +133,7 @@ class Ridge(Method):
         if not x.any():
             raise PerdureError(f"{task.name}: the features of all its images are 0: nothing to learn a head from.")
         if c.on == "drifting":
-            self.drifted(task)
+            self.drifted(task, self.inputs(self.look(task.train.pixels)) if c.augment else x)
             if c.reencode:
                 self.sum_up_again()
         rows = self.rows_of(task)
@@ -196,19 +193,15 @@ class Ridge(Method):
 
     # ---- drift
 
-    def drifted(self, task: Task) -> None:
+    def drifted(self, task: Task, after: Tensor) -> None:
         """Say how far the features of the task's images moved while it was learned: so far the old sums are off."""
-        before, after = self.before, self.inputs(self.look(task.train.pixels))
+        before = self.before
         far = ((after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)).mean().item()
         self.state.moved = {**self.state.moved, task.name: far}
         if self.state.tasks and not self.config.reencode and far > STEADY:
             old = range(len(self.state.classes))
-            agree = (
-                (self.head.scores(before, old).argmax(1) == self.head.scores(after, old).argmax(1))
-                .double()
-                .mean()
-                .item()
-            )
+            answers = [self.head.scores(x, old).argmax(1) for x in (before, after)]
+            agree = (answers[0] == answers[1]).double().mean().item()
             self.context.warn(
                 f"The features that the ridge head stands on moved by {far:.0%} while {task.name} was learned; of its images "
                 f"the head answers {agree:.0%} as before. What it knows of earlier tasks is as much out of date: on=pretrained "

@@ -178,7 +178,7 @@ class ClosedForm:
                 judged.error(s, share or 0.0) if c.score == "raw" else judged.evidence(s, taus, share) for s in course
             ]
 
-        width = min(c.judge or whole, whole)
+        width = min(c.judge or whole, whole) if c.lam == "chosen" else whole
         kept.evidence = ridge.added(kept.evidence, evidence(lams, width))
         lam, tau = ridge.likeliest(kept.evidence)
         kept.lam, found = lams[lam], kept.evidence[lam]
