@@ -3,6 +3,7 @@
 | role   | hooks                                                           | default                                       |
 |--------|-----------------------------------------------------------------|-----------------------------------------------|
 | learn  | ``begin_task`` ``parameters`` ``schedule`` ``step`` ``stepped`` | cross entropy, the published recipe           |
+|        | ``finish``                                                      |                                               |
 | fuse   | ``start`` ``fuse`` ``experts`` ``base_expert``                  | go on from the last weights; answer with them |
 | answer | ``stands_on`` ``look`` ``calibrate`` ``logits`` ``finalize``    | cosine similarity to the classes' texts       |
 | brings | ``modules`` ``material`` ``State``                              | nothing                                       |
@@ -28,10 +29,10 @@ from perdure.methods.answering import Answering, Expert
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification
 from perdure.training.fit import Backward, Learner, Losses, Stepper, optimise
-from perdure.training.recipe import Recipe
+from perdure.training.recipe import Recipe, Training
 from perdure.training.schedule import Schedule
 
-__all__ = ["METHODS", "Expert", "Method", "Recipe", "Row", "State", "Trainer", "register"]
+__all__ = ["METHODS", "Expert", "Method", "Recipe", "Row", "State", "Trainer", "Training", "register"]
 Trainer = Callable[[Stepper, Schedule, Iterator[Batch], str], Losses]
 
 

@@ -57,6 +57,9 @@ class Compose(Method):
     def again(self, task: Task) -> bool:
         return self.learn.again(task)
 
+    def finish(self, task: Task) -> None:
+        self.learn.finish(task)
+
     def stepped(self, step: int) -> None:
         self.learn.stepped(step)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -75,6 +75,9 @@ class Learner(Stepper):
         """After training: whether to train anew, under the schedule that is asked for then."""
         return False
 
+    def finish(self, task: Task) -> None:
+        """When training is over, before anything is fused: what is left to do with what was learned."""
+
 
 class Losses(dict[str, list[float]]):
     """Every loss by name, one value a step. ``steps``: how many were taken, whatever they recorded."""
@@ -109,6 +112,7 @@ def fit(
         with contextlib.closing(drawn(task, plan, generator, image_size, workers)) as draws:
             losses = optimise(learner, plan, draws, device, precision, on_step, task.name)
         if not losses.steps or not learner.again(task):
+            learner.finish(task)
             return losses
 
 
@@ -152,8 +156,7 @@ def optimise(
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 learner.step(next(draws).to(device), Accumulator(parameters, losses))
             reached = reached or any(p.grad is not None for p in trained)
-            for group in optimizer.param_groups:
-                group["lr"] = plan.rate(step) * group["factor"]
+            plan.set(optimizer, step)
             if plan.clip is not None:
                 nn.utils.clip_grad_norm_(trained, plan.clip)
             optimizer.step()
@@ -169,6 +172,31 @@ def optimise(
             if last:
                 break
     return course(record)
+
+
+def mean_gradient(
+    learner: Stepper, parameters: Mapping[str, nn.Parameter], draws: Iterable[Batch], device: torch.device, name: str
+) -> dict[str, Tensor]:
+    """The mean over batches of the gradient of the learner's losses, of any ``parameters``, in fp32; no step is taken.
+
+    Zero where nothing reaches a parameter. Raises ``PerdureError`` where a loss is not finite; ``name`` says of what.
+    """
+    total = {key: torch.zeros_like(p) for key, p in parameters.items()}
+    learns = {key: p.requires_grad for key, p in parameters.items()}
+    count = 0
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for p in parameters.values():
+            p.requires_grad_(True)
+        for count, batch in enumerate(draws, 1):
+            losses: dict[str, Tensor] = {}
+            learner.step(batch.to(device), Accumulator(parameters, losses))
+            check_finite([losses], name)
+            for key, p in parameters.items():
+                total[key] += 0 if p.grad is None else p.grad
+                p.grad = None
+        for key, p in parameters.items():
+            p.requires_grad_(learns[key])
+    return {key: gradient / max(1, count) for key, gradient in total.items()}
 
 
 def check_finite(record: Sequence[Mapping[str, Tensor]], name: str) -> None:
