@@ -84,7 +84,9 @@ def learn(method: Watched, task: Task, start: dict[str, Tensor]) -> Any:
     method.begin_task(task)
     for name, tensor in start.items():
         layer, which = name.rsplit(".", 1)
-        method.updates[layer].get_parameter({"gate": "w"}.get(which, which)).data.copy_(tensor.squeeze(0) if which == "gate" else tensor)
+        method.updates[layer].get_parameter({"gate": "w"}.get(which, which)).data.copy_(
+            tensor.squeeze(0) if which == "gate" else tensor
+        )
     losses = fit(method, task, torch.Generator(), method.clip.size, method.clip.device)
     method.clip.trained(f"trained {task.name}", method.parameters().values())
     method.fuse(task)
@@ -197,10 +199,10 @@ def test_layers_that_are_not_there_are_refused(clip: CLIP) -> None:
 @pytest.mark.slow
 def test_the_shrink_keeps_more_of_what_the_model_could_do(tmp_path: Path) -> None:
     """At the same rate, against no shrink: a shorter way from the start, less forgotten, more of the probe, and ranks gone."""
-    asked: dict[str, Any] = dict(tasks=3, iterations=60, batch_size=64, lr=1e-3, kappa_steps=30, precision="fp32", warmup=0)
-    kept, free = (
-        perdure.run("codyra", "mini-mtil", tmp_path / str(k), kappa=k, **asked) for k in (0.04, 0.0)
+    asked: dict[str, Any] = dict(
+        tasks=3, iterations=60, batch_size=64, lr=1e-3, kappa_steps=30, precision="fp32", warmup=0
     )
+    kept, free = (perdure.run("codyra", "mini-mtil", tmp_path / str(k), kappa=k, **asked) for k in (0.04, 0.0))
     said, unsaid = (run["remarks"][run["tasks"][-1]] for run in (kept, free))
     assert said["norm of all updates"] < 0.8 * unsaid["norm of all updates"]
     assert 2 < said["ranks kept, mean"] < 14 and unsaid["ranks kept, mean"] == 16

@@ -1,14 +1,14 @@
-"""CoDyRA (Lu et al., "Take Only What You Need: Rank-Adaptive Updates for Continual Learning of Vision-Language Models", Findings
-of EMNLP 2026, arXiv:2412.01004): low-rank updates that keep only the ranks they need.
+"""CoDyRA (Lu et al., "Take Only What You Need", Findings of EMNLP 2026, arXiv:2412.01004): low-rank updates that keep only the
+ranks they need.
 
     ΔW = Σᵢ wᵢ Bᵢ Aᵢ          beside every adapted weight W, anew for each task: A uniform in ±1/√in, B = 0, w standard normal
     L = CE(s·I·Tᵀ) over the task's classes + CE(s·T·Iᵀ) over the batch's images, a row a class seen so far
     w ← sign(w)·max(|w| - κ, 0)    after each step of the later part, κ going up to κ_max by n - 1 stairs
     W ← W + ΔW                     when the task is over: plain weights, nothing else is left
 
-The target of class c in the second term is 1 at each of its images (not normalised); the sum over images is divided by the number of
-rows. Rows of earlier classes are 0 and only counted, so their texts need no forward pass: exact. Ranks whose w is 0 add
-nothing: they are left out of the merge. All else is frozen: biases, norms, embeddings, projections, the logit scale.
+The target of class c in the second term is 1 at each of its images (not normalised); the sum over images is divided by the
+number of rows. Rows of earlier classes are 0 and only counted, so their texts need no forward pass: exact. Ranks whose w is 0
+add nothing: they are left out of the merge. All else is frozen: biases, norms, embeddings, projections, the logit scale.
 
 As in the release: β₂ = 0.9999; κ moves at iteration d = dense·T, the shrink begins at d + 1; Adam goes on with moments of a w
 that is 0, which may come back while κ is small; with ``towers=text`` the second term is left out, with ``image`` it stays.
@@ -16,8 +16,8 @@ Otherwise than in the release:
 - The shrink is the paper's soft threshold. The release's (``shrink=release``) does it in three steps, in place, the last of
   which sets to 0 what the first two left below κ: its dead zone is 2κ to either side, and at its edge w falls from κ to 0.
 - A task is merged when it is over, not when the next begins: the same function.
-- Under label smoothing, which the published runs do without, the mass is spread over the task's own classes (there also over the
-  excluded ones, so that the loss is infinite).
+- Under label smoothing, which the published runs do without, the mass is spread over the task's own classes (there over the
+  excluded ones too, so that the loss is infinite).
 - ``text_rows=current`` counts the task's classes alone, so that the second term does not fade as classes add up.
 """
 
@@ -51,16 +51,18 @@ class Config(Training):
     beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Adam's")] = 0.9999
     rank: Annotated[int, Field(ge=1, le=1024, description="ranks that a task begins with, a layer")] = 16
     layers: Annotated[tuple[str, ...], Field(description="linear layers that get an update")] = LORA_LAYERS
-    kappa: Annotated[float, Field(ge=0, description="κ_max: how far the last shrinks move w; 0: no rank is given up")] = (
-        0.005
-    )
+    kappa: Annotated[
+        float, Field(ge=0, description="κ_max: how far the last shrinks move w; 0: no rank is given up")
+    ] = 0.005
     kappa_steps: Annotated[int, Field(ge=1, description="n: κ takes n values, evenly from 0 to κ_max")] = 50
     dense: Annotated[float, Field(ge=0, le=1, description="share of the steps before any shrink")] = 0.5
     shrink: Annotated[
-        Literal["soft", "release"], Field(description="soft threshold, or the release's, whose dead zone is twice as wide")
+        Literal["soft", "release"],
+        Field(description="soft threshold, or the release's, whose dead zone is twice as wide"),
     ] = "soft"
     text_rows: Annotated[
-        Literal["all", "current"], Field(description="classes that the text side is divided by: seen so far, or the task's")
+        Literal["all", "current"],
+        Field(description="classes that the text side is divided by: seen so far, or the task's"),
     ] = "all"
 
 
@@ -99,9 +101,8 @@ class CoDyRA(Method):
         self.steps = self.schedule(task).steps
         self.rows = len(task.classes) + (self.state.classes if self.config.text_rows == "all" else 0)
         for update in self.updates.values():
-            update.restart()
+            update.draw()
             update.w.normal_()
-            update.on = True
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         return {f"{name}.{key}": p for name, update in self.updates.items() for key, p in update.named_parameters()}

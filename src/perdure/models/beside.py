@@ -44,11 +44,19 @@ class LowRank(nn.Module):
         return F.linear(F.linear(x, self.A) * self.w, self.B - self.B0)
 
     @torch.no_grad()
-    def restart(self) -> None:
-        """A anew as LoRA has it, uniform in ±1/√in; B = B₀ = 0; w = 1: an update that adds nothing yet."""
+    def draw(self) -> None:
+        """Begin as LoRA does, adding nothing yet: A uniform in ±1/√in, B = B₀ = 0."""
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        for tensor, value in ((self.w, 1.0), (self.B, 0.0), (self.B0, 0.0)):
-            tensor.fill_(value)
+        self.B.zero_()
+        self.on = True
+
+    @torch.no_grad()
+    def set(self, a: Tensor, b: Tensor) -> None:
+        """Begin with this A and B = B₀, adding nothing yet."""
+        self.A.copy_(a)
+        self.B.copy_(b)
+        self.B0.copy_(b)
+        self.on = True
 
     @torch.no_grad()
     def product(self) -> Tensor:
@@ -64,7 +72,9 @@ def linears(backbone: nn.Module, kinds: Sequence[str], towers: str) -> dict[str,
     found = {n: m for n, m in backbone.named_modules() if isinstance(m, nn.Linear) and pattern.fullmatch(n)}
     there = {name.rsplit(".", 1)[1] for name in found}
     if lacking := [kind for kind in kinds if kind not in there] or ([] if kinds else ["no layer"]):
-        known = sorted({n.rsplit(".", 1)[1] for n, m in backbone.named_modules() if isinstance(m, nn.Linear) and "." in n})
+        known = sorted(
+            {n.rsplit(".", 1)[1] for n, m in backbone.named_modules() if isinstance(m, nn.Linear) and "." in n}
+        )
         raise PerdureError(f"layers: the towers have no linear layer '{lacking[0]}'. They have: {', '.join(known)}.")
 
     def place(name: str) -> tuple[bool, int, int]:

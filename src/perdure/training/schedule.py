@@ -17,8 +17,9 @@ class Schedule:
 
     GIFT's, ZSCL's and ConDU's recipe goes to 0, a new rate each step; MG-CLIP's to a hundredth, a new rate each epoch
     (``stride`` steps). With ``milestones`` the rate stays after the warm-up and is multiplied by ``gamma`` at each of these
-    steps instead. ``one_cycle``: see ``phase``. ``epochs``: passes over the images in place of steps; see ``over``. ``rates``: factors on the rate of
-    parameters whose names begin so (the longest beginning counts). ``augment``: whether images are cropped at random.
+    steps instead. ``one_cycle``: see ``phase``. ``epochs``: passes over the images in place of steps; see ``over``. ``rates``:
+    factors on the rate of parameters whose names begin so (the longest beginning counts). ``augment``: whether images are
+    cropped at random.
     """
 
     steps: int

@@ -1,0 +1,256 @@
+"""KeepLoRA against the numbers of the paper's own released code, through the method and ``fit``; and what it promises."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import case, part, tiny_clip
+from torch import Tensor
+
+import perdure
+from perdure.benchmarks import mini
+from perdure.core.errors import PerdureError
+from perdure.data.task import Class, Images, Query, Task
+from perdure.methods import keep_lora
+from perdure.methods.keep_lora import KeepLoRA
+from perdure.models.clip import CLIP
+from perdure.ops import subspace
+from perdure.training import fit as training
+from perdure.training.fit import fit
+
+RELEASE: dict[str, Any] = dict(side="release", weight_stop="before", features="release", rank_floor=0.0, augment=False)
+KINDS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+
+
+class Trial:
+    """The production method, model and loop on a case's inputs, its images in the case's orders."""
+
+    def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch, **values: Any):
+        self.about, self.tensors = about, t = case(name)
+        h = about["hyper_parameters"]
+        ids = {f"class {k}": row for k, row in enumerate(t["tokens"])}
+        self.clip = tiny_clip({"hf_config": about["config"]}, part(t, "clip/"), ids)
+        self.method = KeepLoRA(
+            **{
+                **RELEASE, "rank": h["rank"], "alpha": h["alpha"], "lr": h["lr"], "weight_decay": h["weight_decay"],
+                "epochs": h["epochs"], "batch_size": h["batch_size"], "feature_energy": h["feature_energy"],
+                "weight_energy_image": h["weight_energy"]["vit"], "weight_energy_text": h["weight_energy"]["text"],
+                "head": h["classifier"] is not None, "head_scale": h["classifier_scale"], **values,
+            }
+        )  # fmt: skip
+        self.method.bind(self.clip)
+        self.tasks = []
+        first = 0
+        for k, size in enumerate(h["task_sizes"]):
+            classes = tuple(Class(f"class {c}", ("{}",)) for c in range(first, first + size))
+            sides = [Images(t[f"task{k}/{s}images"], t[f"task{k}/{s}labels"]) for s in ("", "test_")]
+            self.tasks.append(Task(f"task{k}", classes, *sides, index=k))
+            first += size
+        monkeypatch.setattr(training, "batches", self.epochs)
+        monkeypatch.setattr(keep_lora, "batches", self.passes)
+
+    def begin(self, task: Task) -> None:
+        order = self.tensors[f"{task.name}/order"]
+        self.order, self.other = order[:-3], iter(order[-3:] if self.method.config.head else order[[-3, -1]])
+        self.method.start(task)
+        self.method.begin_task(task)
+
+    def epochs(self, count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        for epoch in self.order:
+            yield from epoch.split(size)
+
+    def passes(self, count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        yield from next(self.other).split(size)
+
+    def update(self, name: str) -> Any:
+        """The update of a layer by the case's name for it: ``vit_q/0``."""
+        kind, layer = name.split("/")
+        tower, which = kind.split("_")
+        place = {"vit": "vision_model", "text": "text_model"}[tower]
+        return self.method.updates[f"{place}.encoder.layers.{layer}.self_attn.{KINDS[which]}"]
+
+    def check_bases(self, prefix: str) -> None:
+        allowed = 1e-4
+        for name, theirs in part(self.tensors, f"{prefix}/basis/").items():
+            key = next(n for n, u in self.method.updates.items() if u is self.update(name))
+            mine = self.method.state.basis[key]
+            assert mine.shape == theirs.shape, (prefix, name)
+            torch.testing.assert_close(mine @ mine.T, theirs @ theirs.T, rtol=0, atol=allowed)
+
+
+def far(mine: Tensor, theirs: Tensor) -> float:
+    return float((mine.detach() - theirs).norm() / theirs.norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("name", ["keep_lora_a"])
+def test_every_basis_factor_loss_and_logit_is_the_release_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial(name, monkeypatch)
+    method, t = trial.method, trial.tensors
+    for task, wanted in zip(trial.tasks, trial.about["steps"], strict=True):
+        trial.begin(task)
+        trial.check_bases(f"before_{task.name}")
+        for n, theirs in part(t, f"{task.name}/A/").items():
+            update, b0 = trial.update(n), t[f"{task.name}/B0/{n}"]
+            assert far(update.A.T @ update.B0.T, theirs @ b0) < 1e-4, n
+            update.set(theirs.T, b0.T)  # signs, and directions that are rounding, are free
+        losses = fit(method, task, torch.Generator(), trial.clip.size, trial.clip.device)
+        assert losses["task"] == pytest.approx([s["loss"] for s in wanted["steps"]], rel=1e-5)
+        plan = method.schedule(task)
+        optimizer = plan.optimizer_of(method.parameters())
+        for k, step in enumerate(wanted["steps"]):
+            plan.set(optimizer, k)
+            group = optimizer.param_groups[0]
+            assert (group["lr"], group["betas"][0]) == pytest.approx((step["lr"], step["beta1"]), rel=1e-9)
+        for n, theirs in part(t, f"{task.name}/B/").items():
+            moved, b0 = trial.update(n).B.T, t[f"{task.name}/B0/{n}"]
+            assert far(moved - b0, theirs - b0) < 2e-3, n
+        trial.clip.trained(f"trained {task.name}", method.parameters().values())
+        method.fuse(task)
+        for k, other in enumerate(trial.tasks):
+            found = method.predict(Query(other.test.pixels, other.classes))
+            torch.testing.assert_close(found, t[f"after_{task.name}/logits_on{k}"], rtol=0, atol=1e-3)
+    trial.check_bases("after_all")
+
+
+def some(*names: str) -> list[Task]:
+    every = {task.name: task for task in mini.multi_domain("I").shortened(tasks=8, images=48).tasks}
+    return [every[name] for name in names]
+
+
+def learned(
+    clip: CLIP, *names: str, **values: Any
+) -> tuple[KeepLoRA, list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Some tasks of the small world; the bases that each was learned with, and its change of the weights."""
+    asked: dict[str, Any] = dict(epochs=2, lr=0.05, batch_size=16, rank=16)
+    method = KeepLoRA(**{**asked, **values})
+    method.bind(clip)
+    torch.manual_seed(0)
+    bases, changes = [], []
+    for task in some(*names):
+        before = clip.weights()
+        method.begin_task(task)
+        bases.append(dict(method.state.basis))
+        fit(method, task, torch.Generator().manual_seed(0), clip.size, clip.device)
+        clip.trained(task.name, method.parameters().values())
+        changes.append({n: clip.weights()[f"{n}.weight"].double() - before[f"{n}.weight"].double() for n in bases[-1]})
+    return method, bases, changes
+
+
+def leak(bases: list[dict[str, Tensor]], changes: list[dict[str, Tensor]]) -> float:
+    """The largest ‖ΔW·U‖ / ‖ΔW‖ of any layer and task."""
+    return max(
+        float((change[n] @ basis[n].double()).norm() / change[n].norm().clamp_min(1e-12))
+        for basis, change in zip(bases, changes, strict=True)
+        for n in change
+    )
+
+
+def test_nothing_is_learned_along_protected_directions(clip: CLIP) -> None:
+    method, bases, changes = learned(clip, "animals", "digits")
+    assert leak(bases, changes) < 1e-5
+    assert all(change.any() for change in changes[1].values())
+    for name, basis in method.state.basis.items():
+        eye = torch.eye(basis.shape[1])
+        assert torch.allclose(basis.T @ basis, eye, atol=1e-6), name
+        assert bases[0][name].shape[1] < basis.shape[1] <= basis.shape[0]
+        assert torch.equal(basis[:, : bases[1][name].shape[1]], bases[1][name])
+
+
+@pytest.mark.parametrize("oddity", [{"side": "release"}, {"rank_floor": 0.0}])
+def test_the_release_s_oddities_let_protected_directions_be_learned(oddity: dict[str, Any], clip: CLIP) -> None:
+    """Digits are ten classes: the gradients of the last text layer's q and o have ten directions, and there are 16 ranks."""
+    _, bases, changes = learned(clip, "digits", **oddity)
+    if "side" in oddity:  # against what should have been protected
+        bases = [{n: subspace.of_weight(clip.pretrained[f"{n}.weight"], 0.85, "input", "at") for n in bases[0]}]
+    assert leak(bases, changes) > 1e-2
+
+
+def test_a_task_begins_where_the_last_one_ended(clip: CLIP) -> None:
+    """B₀ is taken off B: the very same bits."""
+    task = mini.multi_domain("I").shortened(tasks=1, images=32).tasks[0]
+    method = KeepLoRA(batch_size=16)
+    method.bind(clip)
+    with torch.no_grad():
+        before = clip.encode_image(task.test.pixels)
+        method.begin_task(task)
+        assert all(update.on and update.B.any() for update in method.updates.values())
+        assert torch.equal(clip.encode_image(task.test.pixels), before)
+
+
+def test_with_everything_protected_nothing_is_learned(clip: CLIP) -> None:
+    _, _, changes = learned(clip, "digits", weight_energy_image=1.0, weight_energy_text=1.0)
+    assert not any(change.any() for change in changes[0].values())
+
+
+def test_the_order_of_the_images_does_not_matter_to_what_is_protected(clip: CLIP) -> None:
+    task = mini.multi_domain("I").shortened(tasks=1, images=32).tasks[0]
+    turned = Task(task.name, task.classes, task.train.take(torch.arange(31, -1, -1)), task.test)
+    for features, alike in (("gram", True), ("release", False)):
+        method = KeepLoRA(features=features, batch_size=8)
+        method.bind(clip)
+        one, other = (method_grams(method, t) for t in (task, turned))
+        same = all(torch.allclose(one[n], other[n], rtol=1e-6, atol=1e-6) for n in one if n.startswith("vision"))
+        assert same == alike, features
+
+
+def method_grams(method: KeepLoRA, task: Task) -> dict[str, Tensor]:
+    with torch.no_grad():
+        method.tokens = method.clip.tokens(task.prompts())
+        return method.grams(task)
+
+
+def test_a_gram_matrix_gives_the_subspace_that_features_give() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(12, 500) * torch.logspace(0, -3, 12)[:, None]
+    first = subspace.grown(torch.zeros(12, 0), (x @ x.T).double(), 0.9)
+    left, sigma, _ = torch.linalg.svd(x)
+    share = sigma.square().cumsum(0) / sigma.square().sum()
+    assert first.shape[1] == int((share < 0.9).sum()) + 1
+    wanted = left[:, : first.shape[1]]
+    torch.testing.assert_close(first @ first.T, wanted @ wanted.T, rtol=0, atol=1e-5)
+    assert torch.equal(subspace.grown(first, (x @ x.T).double(), 0.5), first)  # holds enough
+    whole = subspace.grown(first, (x @ x.T).double(), 1.0)
+    assert whole.shape == (12, 12) and torch.allclose(whole.T @ whole, torch.eye(12), atol=1e-6)
+
+
+def test_the_classifier_answers_its_own_task_alone(clip: CLIP) -> None:
+    method, _, _ = learned(clip, "animals", "digits", head=True, head_scale=20.0)
+    (task,) = some("digits")
+    query = Query(task.test.pixels, task.classes)
+    with torch.no_grad():
+        images = clip.encode_image(task.test.pixels)
+        texts = clip.class_texts([c.prompts() for c in task.classes])
+    rows = method.state.rows[task.name]
+    cosines = images @ torch.nn.functional.normalize(rows, dim=1).T
+    wanted = clip.similarity(images, texts) + 20.0 * cosines
+    torch.testing.assert_close(method.predict(query), wanted.detach(), rtol=1e-5, atol=1e-4)
+    few = Query(task.test.pixels, task.classes[:-1])  # not exactly one task's classes: the towers alone
+    torch.testing.assert_close(method.predict(few), clip.similarity(images, texts[:-1]).detach(), rtol=1e-5, atol=1e-4)
+    files, values = method.answer_state()
+    assert values["classes"] and not any("basis" in key for file in files.values() for key in file)
+
+
+def test_sides_that_only_square_layers_hide_are_refused(clip: CLIP) -> None:
+    with pytest.raises(PerdureError, match="side=release .*fc1 is none"):
+        KeepLoRA(side="release", layers=("q_proj", "fc1")).bind(clip)
+
+
+@pytest.mark.slow
+def test_what_is_protected_is_kept_and_new_things_are_learned(tmp_path: Path) -> None:
+    """Digits and letters are taught; without protected directions of the weights more of the probe is lost."""
+    asked: dict[str, Any] = dict(tasks=3, epochs=0, iterations=60, lr=2e-2, batch_size=64, precision="fp32")
+    kept = perdure.run("keep_lora", "mini-mtil", tmp_path / "kept", **asked)
+    open_ = perdure.run(
+        "keep_lora",
+        "mini-mtil",
+        tmp_path / "open",
+        weight_energy_image=0.0,
+        weight_energy_text=0.0,
+        feature_energy=0.0,
+        **asked,
+    )
+    print(kept["accuracy"], kept["probe"], open_["accuracy"], open_["probe"])
+    assert kept["accuracy"][2][1] > kept["accuracy"][0][1] + 10
+    assert kept["probe"][-1] > open_["probe"][-1] + 2
