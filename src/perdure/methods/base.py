@@ -128,6 +128,11 @@ class Method(Answering, Learner):
         """Its own by name, in the towers or beside, made in ``bind`` or from state: saved alone, restored after the state."""
         return {}
 
+    def steady(self) -> bool:
+        """Whether weights that never change make the same of an image whenever they are asked: not where modules of its own
+        may act in the towers then too."""
+        return not self.modules()
+
     def material(self, task: Task) -> Task:
         """What is trained on for ``task``: the task itself, or with images of earlier ones (``context.images``)."""
         return task

@@ -73,6 +73,9 @@ class Compose(Method):
     def modules(self) -> Mapping[str, nn.Module]:
         return {f"{role}.{n}": module for role, part in self.distinct().items() for n, module in part.modules().items()}
 
+    def steady(self) -> bool:
+        return all(part.steady() for part in self.parts.values())
+
     def start(self, task: Task) -> None:
         self.fuser.start(task)
 

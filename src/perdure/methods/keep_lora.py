@@ -9,9 +9,9 @@ So the change of a weight lies in the span of A, orthogonal to U; weight decay a
 Adapted are the projections of every attention in both towers; nothing else moves. KeepLoRA+ (``head=true``) adds
 scale·cos(I, rows) to the logits where exactly one task's classes are asked for, rows trained with B from the unit class means.
 
-The release takes AB₀ off the weight while it trains; here B₀ is taken off B: the same function, at the start the very same bits.
-Exact shortcuts: U enters as U(UᵀG); features are summed up as Gram matrices in fp64, one for q, k and v together, no token kept.
-A and B₀ come from a full SVD (there a random one). Otherwise than in the release (its way: the option in brackets):
+The release takes AB₀ off the weight while it trains; here B₀ is taken off B: the same function, bit for bit at the start.
+Exact shortcuts: U enters as U(UᵀG); features are summed up as Gram matrices in fp64, one for q, k and v, no token kept. A and
+B₀ come from a full SVD (there a random one). Otherwise than in the release (its way: the option in brackets):
 - The weights' directions are those of the input side, as the paper means and its LLaVA code has it (``side=release``: of the
   output side, which square layers hide, so that other directions are protected than the gradient is freed of).
 - Directions of Ĝ below 1e-4·σ₁ are rounding and lie partly in U: they are left out (``rank_floor=0``). The last text layer,
