@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 from cases import case, in_order, part, tiny_clip
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPModel
 
 import perdure
+from perdure import launch
 from perdure.benchmarks import mini
 from perdure.core.errors import PerdureError
 from perdure.data.task import Class, Images, Query, Task
@@ -198,13 +201,17 @@ def test_layers_that_are_not_there_are_refused(clip: CLIP) -> None:
 
 @pytest.mark.slow
 def test_the_shrink_keeps_more_of_what_the_model_could_do(tmp_path: Path) -> None:
-    """At the same rate, against no shrink: a shorter way from the start, less forgotten, more of the probe, and ranks gone."""
+    """At the same rate, against no shrink: a shorter way from the start, more of the probe, ranks gone; digits are learned."""
     asked: dict[str, Any] = dict(
-        tasks=3, iterations=60, batch_size=64, lr=1e-3, kappa_steps=30, precision="fp32", warmup=0
+        tasks=2, images=300, iterations=60, batch_size=32, lr=1e-3, kappa_steps=30, precision="fp32", warmup=0
     )
     kept, free = (perdure.run("codyra", "mini-mtil", tmp_path / str(k), kappa=k, **asked) for k in (0.04, 0.0))
-    said, unsaid = (run["remarks"][run["tasks"][-1]] for run in (kept, free))
+    said, unsaid = (run["remarks"]["digits"] for run in (kept, free))
     assert said["norm of all updates"] < 0.8 * unsaid["norm of all updates"]
     assert 2 < said["ranks kept, mean"] < 14 and unsaid["ranks kept, mean"] == 16
-    assert kept["probe"][-1] > free["probe"][-1] + 1 and kept["forgetting"] < free["forgetting"]
-    assert kept["accuracy"][2][1] > kept["accuracy"][0][1] + 10  # digits, and yet they were learned
+    assert kept["probe"][-1] > free["probe"][-1] + 1
+    assert kept["accuracy"][2][1] > kept["accuracy"][0][1] + 10
+    launch.export(tmp_path / "0.04", tmp_path / "out")  # plain weights: what was merged, in plain transformers
+    plain = CLIPModel.from_pretrained(tmp_path / "out").state_dict()
+    saved = load_file(next((tmp_path / "0.04").glob("task_02*")) / "weights.safetensors")
+    assert saved and all(torch.equal(plain[name], tensor) for name, tensor in saved.items())

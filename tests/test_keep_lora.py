@@ -142,18 +142,11 @@ def test_sides_that_only_square_layers_hide_are_refused(clip: CLIP) -> None:
 
 @pytest.mark.slow
 def test_what_is_protected_is_kept_and_new_things_are_learned(tmp_path: Path) -> None:
-    """Digits and letters are taught; without protected directions of the weights more of the probe is lost."""
-    asked: dict[str, Any] = dict(tasks=3, epochs=0, iterations=60, lr=2e-2, batch_size=64, precision="fp32")
+    """Digits are taught; where nothing is protected more of the probe is lost."""
+    asked: dict[str, Any] = dict(tasks=2, images=300, epochs=0, iterations=40, lr=2e-2, batch_size=32, precision="fp32")
+    nothing = dict(weight_energy_image=0.0, weight_energy_text=0.0, feature_energy=0.0)
     kept = perdure.run("keep_lora", "mini-mtil", tmp_path / "kept", **asked)
-    open_ = perdure.run(
-        "keep_lora",
-        "mini-mtil",
-        tmp_path / "open",
-        weight_energy_image=0.0,
-        weight_energy_text=0.0,
-        feature_energy=0.0,
-        **asked,
-    )
-    print(kept["accuracy"], kept["probe"], open_["accuracy"], open_["probe"])
+    lost = perdure.run("keep_lora", "mini-mtil", tmp_path / "lost", **{**asked, **nothing})
+    print(kept["accuracy"], kept["probe"], lost["accuracy"], lost["probe"], kept["remarks"], kept["losses"]["digits"])
     assert kept["accuracy"][2][1] > kept["accuracy"][0][1] + 10
-    assert kept["probe"][-1] > open_["probe"][-1] + 2
+    assert kept["probe"][-1] > lost["probe"][-1] + 2
