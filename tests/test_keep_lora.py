@@ -147,6 +147,5 @@ def test_what_is_protected_is_kept_and_new_things_are_learned(tmp_path: Path) ->
     nothing = dict(weight_energy_image=0.0, weight_energy_text=0.0, feature_energy=0.0)
     kept = perdure.run("keep_lora", "mini-mtil", tmp_path / "kept", **asked)
     lost = perdure.run("keep_lora", "mini-mtil", tmp_path / "lost", **{**asked, **nothing})
-    print(kept["accuracy"], kept["probe"], lost["accuracy"], lost["probe"], kept["remarks"], kept["losses"]["digits"])
     assert kept["accuracy"][2][1] > kept["accuracy"][0][1] + 10
     assert kept["probe"][-1] > lost["probe"][-1] + 2

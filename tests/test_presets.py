@@ -37,16 +37,8 @@ def overrides(preset: dict[str, Any]) -> dict[str, Any]:
         return {"images": 6, "precision": "fp32", "features": 32}
     by_epochs = {"epochs": 2, "images": 4} if "epochs" in preset else {"iterations": 2}
     if preset["method"] == "moe_adapters":  # takes a last step at rate 0; AlexNet's weights are not everybody's
-        one_less = {"epochs": 1} if "epochs" in preset else {"iterations": 1}
-        return {
-            **SMALL,
-            **by_epochs,
-            **one_less,
-            "experts": 3,
-            "selector_features": "clip",
-            "reference": "none",
-            "selector_steps": 2,
-        }
+        by_epochs |= {"epochs": 1} if "epochs" in preset else {"iterations": 1}
+        return {**SMALL, **by_epochs, "experts": 3, "selector_features": "clip", "reference": "none"}
     if preset["method"] == "gift":
         by_epochs |= {**SMALL_GENERATOR, "iterations": 1}  # GIFT takes a last step at rate 0
     return {**SMALL, **by_epochs}
