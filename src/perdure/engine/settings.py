@@ -94,10 +94,11 @@ def kept_order(order: str) -> str:
     return json.dumps(read_json(expanded(order)), ensure_ascii=False)
 
 
-def load_clip(config: Mapping[str, Any], data: Stream) -> CLIP:
-    """The CLIP of a run, where it is computed. ``PerdureError`` where it is not the one that the run began with."""
+def load_clip(config: Mapping[str, Any], own: str) -> CLIP:
+    """The CLIP of a run, where it is computed; ``own``: that of its stream. ``PerdureError`` where it is not the one that the
+    run began with."""
     settings = Settings.recorded(config["settings"])
-    clip = CLIP.load(data.model if settings.model == "stream" else settings.model, settings.device)
+    clip = CLIP.load(own if settings.model == "stream" else settings.model, settings.device)
     found = clip.fingerprint() if "weights" in config else ""
     if found and found != config["weights"]:
         raise PerdureError(

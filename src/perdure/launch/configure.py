@@ -119,7 +119,7 @@ def prepare(
     with what lies in ``folder``."""
     with undisturbed():
         config, data = configure(method, stream, seed, assignments, preset, warn)
-        clip = load_clip(config, data)
+        clip = load_clip(config, data.model)
         data.check(clip)
         if clip.note:
             warn(clip.note)

@@ -19,8 +19,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from perdure.core.errors import PerdureError
 from perdure.core.features import Features
-from perdure.core.packing import kinds, pack, unpack
+from perdure.core.packing import Packed, kinds, pack, unpack
 from perdure.core.registry import Registry, Row
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
@@ -207,6 +208,14 @@ class Method(Answering, Learner):
     def answer_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """What the answer role knows beyond the weights, as ``pack_state`` has it: what an export must not leave out."""
         return self.pack_state() if self.finalizes() else ({}, {})
+
+    def forget(self, task: str, before: Packed, after: Packed) -> None:
+        """Unlearn a task, as if it had never been learned. ``before`` and ``after``: the state, as ``pack_state`` gave it when
+        the task was about to be learned and when it was. ``PerdureError`` where that cannot be done."""
+        raise PerdureError(
+            f"{type(self).__name__} cannot forget one task of several: what it learned is mixed in its weights. 'perdure undo' "
+            "goes back to before it."
+        )
 
     def pack_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """The state as (tensors by file, plain values): what a checkpoint keeps."""
