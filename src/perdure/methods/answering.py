@@ -64,9 +64,9 @@ class Answering(ABC):
         return self.answer([query])[0]
 
     @torch.no_grad()
-    def answer(self, queries: Sequence[Query], size: int = 256) -> list[Tensor]:
+    def answer(self, queries: Sequence[Query]) -> list[Tensor]:
         """``predict`` for many queries: an expert's weights are loaded once for all, and it sees only the images that
-        need it, ``size`` at a time. The model is left as it was found."""
+        need it, ``evaluation_batch`` at a time. The model is left as it was found."""
         with self.clip.preserved():
             base = self.head_expert()
             if self.finalizes():
@@ -78,7 +78,7 @@ class Answering(ABC):
                 for query, plan, total in zip(queries, plans, totals, strict=True):
                     for expert in (e for e in plan if e.name == name):
                         known = query.features if name == base.name and expert.features is None else expert.features
-                        self.add(expert, replace(query, features=known), total, size)
+                        self.add(expert, replace(query, features=known), total)
             return [self.finalize(query, total) for query, total in zip(queries, totals, strict=True)]
 
     def load_expert(self, expert: Expert) -> None:
@@ -88,13 +88,14 @@ class Answering(ABC):
         else:
             self.clip.load_weights(expert.name, expert.weights)
 
-    def add(self, expert: Expert, query: Query, total: Tensor, size: int) -> None:
+    def add(self, expert: Expert, query: Query, total: Tensor) -> None:
         """Add gate × logits of one expert to ``total`` (N, C), for the images that need it."""
         gate = torch.as_tensor(expert.gate, dtype=torch.float32).cpu().expand(len(total))
         rows = gate.nonzero().squeeze(1)
         if not len(rows):
             return
         self.load_expert(expert)
+        size = self.clip.evaluation_batch
         for some, part in zip(rows.split(size), query.parts(rows, size), strict=True):
             total[some] += gate[some].unsqueeze(1).to(total.device) * self.logits(part)
 
