@@ -111,7 +111,7 @@ def test_recomputed_blocks_have_the_same_gradients(name: str, clip: CLIP, stream
 
 def test_what_is_taken_over_the_batch_of_pairs_is_exact_before_it_is_squared(clip: CLIP, stream: Stream) -> None:
     """GIFT without its penalty: matrices over the pairs, 5 parts of 11 images and of their texts."""
-    values = {"consolidation": "none", "distillation": "kl"}
+    values: dict[str, Any] = {"consolidation": "none", "distillation": "kl"}
     assert far(step(clip, stream, "gift", parts=5, **values), step(clip, stream, "gift", **values)) < 1e-6
 
 

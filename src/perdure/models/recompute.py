@@ -11,9 +11,10 @@ In training it is activations that fill the memory, and they grow with the batch
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -26,7 +27,7 @@ def in_parts(tower: Callable[[Tensor], Tensor], inputs: Tensor, parts: int) -> T
     return torch.cat([checkpoint(tower, part, use_reentrant=False) for part in inputs.tensor_split(count)])
 
 
-def by_blocks(backbone: nn.Module) -> None:
+def by_blocks(backbone: Any) -> None:
     """Let every block of a transformers model keep its input alone."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
