@@ -54,8 +54,8 @@ def checkpoint(name: str, folder: Path) -> Path:
     beside = folder / f".{name}-{os.getpid()}"
     getattr(transformers, f"{kind}Model")(config).save_pretrained(beside)
     split = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    split.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    split.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    split.pre_tokenizer = pre_tokenizers.Whitespace()
+    split.post_processor = processors.TemplateProcessing(
         single="<start> $A <end>", special_tokens=[("<start>", start), ("<end>", end)]
     )
     transformers.PreTrainedTokenizerFast(
