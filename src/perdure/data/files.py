@@ -216,7 +216,7 @@ def crops(pixels: Pixels, index: Tensor, size: int, numbers: Tensor) -> Tensor:
 
 
 def all_cropped(pixels: Pixels, size: int, generator: torch.Generator, batch: int = 256) -> Iterator[Tensor]:
-    """One random crop of each image, in order, ``batch`` at a time."""
+    """One random crop of each image, in order, ``batch`` at a time: which crops are drawn depends on it."""
     for index in torch.arange(len(pixels)).split(batch):
         yield crops(pixels, index, size, some_numbers(len(index), generator))
 

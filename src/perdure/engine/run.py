@@ -19,7 +19,7 @@ from perdure.data.task import Context, Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent
-from perdure.engine.settings import Settings, load_clip
+from perdure.engine.settings import ELSEWHERE, Settings, load_clip
 from perdure.engine.summary import summary
 from perdure.engine.teach import Teacher
 from perdure.engine.watcher import Watcher
@@ -65,9 +65,7 @@ DECIDES = ("method", "stream", "seed", "options", "settings", "split", "weights"
 def identity(config: Mapping[str, Any]) -> str:
     """A digest of everything in a configuration, as it was written, that decides the result: where it is computed does not."""
     parts = {key: config[key] for key in DECIDES}
-    parts["settings"] = {
-        key: value for key, value in config["settings"].items() if key not in ("device", "threads", "workers")
-    }
+    parts["settings"] = {key: value for key, value in config["settings"].items() if key not in ELSEWHERE}
     # of a method or stream that was read from a file, its content: where it lies does not decide anything
     parts["source"] = {kind: about.get("sha256") for kind, about in config.get("source", {}).items()}
     return digest(json.dumps(json.loads(as_json(parts)), sort_keys=True).encode())

@@ -19,8 +19,11 @@ from perdure.core.state import read_json
 from perdure.data.splits import reordered
 from perdure.data.task import Stream
 from perdure.models.clip import CLIP
+from perdure.models.recompute import by_blocks
 
 THREADS = torch.get_num_threads()  # before any run changes it
+# Where a run is computed, and how much of it at a time: no part of what it is, whatever that does to the last digits.
+ELSEWHERE = ("device", "threads", "workers", "gradient_checkpointing", "accumulate", "evaluation_batch")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,17 @@ class Settings:
         int,
         Field(ge=0, le=256, description="threads that read pictures ahead of training; the same bits with any number"),
     ] = 4
+    gradient_checkpointing: Annotated[
+        bool,
+        Field(description="training in less memory: each block of the towers is computed twice; the same gradients"),
+    ] = False
+    accumulate: Annotated[
+        int,
+        Field(ge=1, le=10**6, description="parts that a batch is cut into to train in less memory; the same gradients"),
+    ] = 1
+    evaluation_batch: Annotated[
+        int, Field(ge=1, le=10**6, description="images at a time in evaluation and for features; the same answers")
+    ] = 256
     tasks: Annotated[int, Field(ge=0, description="only the first tasks, for a quick look; 0: all")] = 0
     images: Annotated[
         int, Field(ge=0, description="at most so many images a task and side, for a quick look; 0: all")
@@ -99,6 +113,9 @@ def load_clip(config: Mapping[str, Any], own: str) -> CLIP:
     run began with."""
     settings = Settings.recorded(config["settings"])
     clip = CLIP.load(own if settings.model == "stream" else settings.model, settings.device)
+    clip.accumulate, clip.evaluation_batch = settings.accumulate, settings.evaluation_batch
+    if settings.gradient_checkpointing:
+        by_blocks(clip.backbone)
     found = clip.fingerprint() if "weights" in config else ""
     if found and found != config["weights"]:
         raise PerdureError(

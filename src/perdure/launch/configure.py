@@ -78,6 +78,7 @@ def configure(
     layer = {key: value for key, value in suits.items() if key in general or (own and key in known)}
     values = resolve({**known, **general}, layer, preset, given, complaints=complaints)
     check_rates(values, data, "lr_by_task" in given, warn)
+    check_parts(values)
     settings = Settings(**{key: values[key] for key in general}).settled(data)
     data = settings.select(data, seed)
     sources = {kind: s for kind, s in (("method", method_source), ("stream", stream_source)) if s}
@@ -109,6 +110,16 @@ def check_rates(values: Mapping[str, Any], data: Stream, given: bool, warn: Warn
         raise unknown("task", lacking[0], tasks)
     if lacking:
         warn(f"The preset's lr_by_task names tasks that {data.name} lacks: {', '.join(lacking)}.")
+
+
+def check_parts(values: Mapping[str, Any]) -> None:
+    """Refuse to cut a batch into more parts than it has images."""
+    parts, batch = values["accumulate"], values.get("batch_size")
+    if batch is not None and parts > batch:
+        raise PerdureError(
+            f"accumulate={parts}: a batch of {batch} images (batch_size={batch}) cannot be cut into so many parts. Set "
+            f"accumulate={batch} or less."
+        )
 
 
 def prepare(

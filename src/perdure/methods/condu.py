@@ -22,7 +22,7 @@ rounded as weights are. Otherwise than in the release:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Literal
@@ -35,7 +35,7 @@ from perdure.core.errors import PerdureError
 from perdure.core.packing import Packed
 from perdure.core.seeding import derive
 from perdure.core.weights import Lazy, Weights, check_alike
-from perdure.data.files import all_cropped
+from perdure.data.files import Pixels, all_cropped
 from perdure.data.task import Context, Query, Task
 from perdure.methods.base import METHODS, Expert, Method, Recipe, Row, State, register
 from perdure.models import lora
@@ -179,11 +179,11 @@ class ConDU(Method):
         """(C, D): each class's place between its training images and its prompts, in θ⁰'s feature space."""
         clip = self.clip
         clip.load_weights("pretrained", clip.pretrained)
-        parts = task.train.pixels.split(256)
+        parts: Iterable[Pixels] = [task.train.pixels]
         if self.config.prototype_images == "augmented":
             draw = torch.Generator().manual_seed(derive(self.context.seed, task.name, "crops of the prototypes"))
             parts = all_cropped(task.train.pixels, clip.size, draw)
-        features = torch.cat([clip.encode_image(x) for x in parts])
+        features = torch.cat([clip.embeddings(x) for x in parts])
         means, sizes = class_means(features, task.train.labels.to(clip.device), len(task.classes))
         if empty := [c.name for c, size in zip(task.classes, sizes.tolist(), strict=True) if not size]:
             self.context.warn(f"{task.name}: no training image of {', '.join(empty)}; the prototype is its text alone.")

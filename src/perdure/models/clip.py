@@ -16,6 +16,7 @@ from perdure.core.features import Features
 from perdure.core.pixels import as_floats
 from perdure.models import loading
 from perdure.models.held import Held
+from perdure.models.recompute import in_parts
 from perdure.models.towers import Part
 
 PARTS: dict[str, Part] = {"vision_model": "image", "visual_projection": "image", "logit_scale": "scale"}
@@ -41,6 +42,8 @@ class CLIP(Held):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.revision = ""  # of a Hub id: the commit it was loaded from
         self.note = ""  # what someone should know of how it was loaded
+        self.accumulate = 1  # parts that a batch is cut into where gradients are wanted
+        self.evaluation_batch = 256  # images at a time where none are
         self._texts: dict[tuple[tuple[str, ...], ...], Tensor] = {}
 
     @classmethod
@@ -103,17 +106,21 @@ class CLIP(Held):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit image embeddings (B, D) in fp32, of images as ``pixels`` takes them."""
-        return self.project(self.backbone.vision_model(pixel_values=self.pixels(images)).pooler_output)
+
+        def embedded(some: Tensor) -> Tensor:
+            return self.project(self.backbone.vision_model(pixel_values=self.pixels(some)).pooler_output)
+
+        return in_parts(embedded, images, self.accumulate)
 
     def project(self, pooled: Tensor) -> Tensor:
         """What the image tower pools (B, H) → unit embeddings (B, D), in fp32."""
         with torch.autocast(pooled.device.type, enabled=False):
             return F.normalize(self.backbone.visual_projection(pooled.float()), dim=-1)
 
-    def features(self, pixels: Any, block: int = 0, grid: int = 1, size: int = 256) -> Features:
-        """Many images (N, 3, H, W), in memory or in files, ``size`` at a time, without gradients. ``block``: of which block,
-        counted from the last one as 1, the patches are wanted, as means over ``grid`` × ``grid`` fields; 0: of none. Kept while
-        ``remembering``. ``PerdureError`` where there is no such block or grid."""
+    def features(self, pixels: Any, block: int = 0, grid: int = 1) -> Features:
+        """Many images (N, 3, H, W), in memory or in files, ``evaluation_batch`` at a time, without gradients. ``block``: of
+        which block, counted from the last one as 1, the patches are wanted, as means over ``grid`` × ``grid`` fields; 0: of
+        none. Kept while ``remembering``. ``PerdureError`` where there is no such block or grid."""
         side = self.checked_side(block, grid)
 
         def seen(images: Tensor) -> Features:
@@ -125,7 +132,7 @@ class CLIP(Held):
             return Features(self.project(pooled), pooled, F.adaptive_avg_pool2d(fields, grid).flatten(1))
 
         def all_seen() -> Features:
-            return Features.cat([seen(images) for images in pixels.split(size)])
+            return Features.cat([seen(images) for images in pixels.split(self.evaluation_batch)])
 
         with torch.no_grad():
             return self.recall(("images", id(pixels), block, grid), pixels, all_seen)
@@ -147,9 +154,13 @@ class CLIP(Held):
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Unit text embeddings (N, D) in fp32, of token ids (N, L)."""
-        hidden = self.backbone.text_model(input_ids=ids).pooler_output
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.normalize(self.backbone.text_projection(hidden.float()), dim=-1)
+
+        def embedded(some: Tensor) -> Tensor:
+            hidden = self.backbone.text_model(input_ids=some).pooler_output
+            with torch.autocast(hidden.device.type, enabled=False):
+                return F.normalize(self.backbone.text_projection(hidden.float()), dim=-1)
+
+        return in_parts(embedded, ids, self.accumulate)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit text embeddings (N, D) in fp32."""
@@ -164,8 +175,9 @@ class CLIP(Held):
         key = tuple(map(tuple, prompts))
 
         def encoded() -> Tensor:
-            flat = torch.cat([self.encode_text(part) for part in chunks([p for ps in prompts for p in ps], 512)])
-            means = torch.stack([e.mean(0) for e in flat.split([len(ps) for ps in prompts])])
+            flat = [p for ps in prompts for p in ps]  # a text is shorter than an image: twice as many at a time
+            rows = torch.cat([self.encode_text(part) for part in chunks(flat, 2 * self.evaluation_batch)])
+            means = torch.stack([e.mean(0) for e in rows.split([len(ps) for ps in prompts])])
             return F.normalize(means, dim=-1)
 
         if key not in self._texts:
