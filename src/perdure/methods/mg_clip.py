@@ -161,7 +161,8 @@ class MGCLIP(Method):
         texts = self.clip.encode_text([c.prompts()[0] for c in classes])
         images = self.clip.embeddings(pixels)
         size = self.config.batch_size if self.config.gap_mean == "batches" else None
-        return logit_means(self.clip.similarity(images, texts), labels.to(images.device), size)
+        # a bias would be part of every mean, and of what a change is relative to
+        return logit_means(self.clip.scaled(images, texts), labels.to(images.device), size)
 
     def schedule(self, task: Task) -> Schedule:
         c = self.config

@@ -7,7 +7,8 @@ Otherwise than CLIP: a bias; no projection after the towers (the embedding is wh
 the text tower's head makes of its last token); no class token; pictures are pressed into the square.
 
 A text is always padded to the tower's whole context, and nothing is cut off or masked: the tower looks both ways, it was
-trained so, and it reads its answer at the last place, which is padding. A shorter text would be another text.
+trained so, and it is read at the last place, padding or not. A shorter text would be another text. Which side is padded, and
+whether capitals are made small, is what the checkpoint's tokenizer says.
 
 The fixed-resolution checkpoints of SigLIP 2 are of SigLIP's architecture (model_type ``siglip``). Those of its NaFlex form
 (``siglip2``) see pictures of any shape, cut into patches; here they see a square of as many patches as the tower has places
@@ -43,6 +44,10 @@ class SigLIP(CLIP):
     @property
     def bias(self) -> Tensor | None:
         return self.backbone.logit_bias
+
+    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
+        """s·I·Tᵀ + b in fp32, of unit embeddings (B, D) and (C, D)."""
+        return super().similarity(images, texts) + self.backbone.logit_bias
 
     def pooled(self, seen: Any) -> Tensor:
         if not torch.is_autocast_enabled(seen.pooler_output.device.type):

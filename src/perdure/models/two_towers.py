@@ -76,15 +76,15 @@ class TwoTowers(Held):
         """The factor between cosine similarities and logits, exp(logit_scale)."""
         return self.backbone.logit_scale.exp()
 
-    def scaled(self, images: Tensor, texts: Tensor) -> Tensor:
+    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
         """s·I·Tᵀ in fp32, of unit embeddings (B, D) and (C, D)."""
         with torch.autocast(images.device.type, enabled=False):
             return self.scale * images @ texts.T
 
-    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Logits: s·I·Tᵀ + b in fp32, of unit embeddings (B, D) and (C, D)."""
-        scaled = self.scaled(images, texts)
-        return scaled if self.bias is None else scaled + self.bias
+    def scaled(self, images: Tensor, texts: Tensor) -> Tensor:
+        """s·I·Tᵀ, without the bias that a model may add to it."""
+        logits = self.similarity(images, texts)
+        return logits if self.bias is None else logits - self.bias
 
     def probabilities(self, logits: Tensor, scores: Scores = "softmax") -> Tensor:
         """Of logits (B, C) of ``similarity``: over the classes (the bias cancels), or of each class for itself, as a model with
