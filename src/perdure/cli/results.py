@@ -34,7 +34,7 @@ def export(
     """Write the model of a run as a plain transformers checkpoint."""
     from perdure import launch
 
-    said = f"{launch.export(run, out, task)} lies in {out}. Load it with CLIPModel.from_pretrained."
+    said = f"{launch.export(run, out, task)} lies in {out}. Load it with transformers' AutoModel.from_pretrained."
     console().print(said, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -27,7 +27,7 @@ THREADS = torch.get_num_threads()  # before any run changes it
 class Settings:
     """What a run needs beyond the method's options."""
 
-    model: Annotated[str, Field(description="folder or Hub id of a CLIP; empty: the stream's own")] = ""
+    model: Annotated[str, Field(description="folder or Hub id of a CLIP or SigLIP; empty: the stream's own")] = ""
     labels: Annotated[
         Literal["stream", "task", "seen", "all"], Field(description="classes that compete; stream: as is usual there")
     ] = "stream"

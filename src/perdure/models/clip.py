@@ -39,7 +39,7 @@ class CLIP(TwoTowers):
         clip = kind(backbone.eval(), tokenizer, found.mean, found.std, path, found.fit)
         clip.check_loaded()
         backbone.set_attn_implementation(attention(clip.patches, device))
-        clip.revision, clip.note = place.revision, note
+        clip.revision, clip.note = place.revision, " ".join(filter(None, (note, kind.remark)))
         return clip.to(device)
 
     # ---- encoding

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from perdure.core.errors import PerdureError
 from perdure.core.pixels import CENTRE, Fit, Resample
-from perdure.models.hub import KINDS, TOKENIZERS, WANTED, Place
+from perdure.models.hub import KINDS, TOKENIZERS, Place, refused
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)  # what transformers raises
@@ -42,20 +43,16 @@ def backbone(place: Place) -> Any:
         found, about = getattr(transformers, KINDS[place.kind]).from_pretrained(
             place.folder, dtype=torch.float32, weights_only=True, local_files_only=True, output_loading_info=True
         )  # safetensors where there are any; of older files (pickles) tensors alone are read, no code is run
+    except (UnpicklingError, EOFError) as error:
+        raise refused(place.path, "its pytorch_model.bin is damaged, or holds more than tensors, which is not read") from error
     except UNREADABLE as error:
-        raise unloadable(place, error) from error
+        raise refused(place.path, str(error).strip().split("\n")[0]) from error
     if about["missing_keys"]:
         raise PerdureError(
             f"'{place.path}' is no CLIP model: it lacks {sorted(about['missing_keys'])[0]} and perhaps others."
         )
     check_finite(found, place)
     return found
-
-
-def unloadable(place: Place, error: Exception) -> PerdureError:
-    """One sentence for whatever transformers says."""
-    reason = str(error).strip().split("\n")[0]
-    return PerdureError(f"No CLIP model could be loaded from '{place.path}': {reason} {WANTED}")
 
 
 def check_finite(model: nn.Module, place: Place) -> None:

@@ -82,6 +82,7 @@ class SigLIP2(SigLIP):
 
     kind = "siglip2"
     usual = Preprocessing(HALF, HALF, Fit(crop=False, resample="bilinear"))
+    remark = "SigLIP 2 (NaFlex) is shown every picture as a square here, whatever its shape."
 
     @classmethod
     def sides(cls, vision: Any) -> tuple[int, int]:

@@ -32,6 +32,7 @@ class TwoTowers(Held):
     kind: ClassVar[str]  # transformers' model_type
     usual: ClassVar[Preprocessing]  # where a checkpoint does not say
     class_token: ClassVar[int]  # tokens of the image tower before the patches
+    remark: ClassVar[str] = ""  # what someone should know who uses it
     tokenizer: Any
     mean: Tensor
     std: Tensor
