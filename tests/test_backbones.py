@@ -1,4 +1,4 @@
-"""CLIP and its kin, from checkpoints in the form of real ones: what they see, read and answer is what plain transformers says."""
+"""CLIP and its kin, from checkpoints in the form of real ones: they answer what plain transformers does."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer, SiglipModel
 
 from perdure.core.errors import PerdureError
 from perdure.core.pixels import Fit
+from perdure.data.task import Class
 from perdure.engine.settings import check_same
 from perdure.methods.finetune import FineTune
 from perdure.methods.mg_clip import MGCLIP
@@ -113,7 +114,9 @@ def test_adapters_act_in_every_layer_that_has_one(folders: Any, tmp_path: Path) 
     clip, images = CLIP.load(str(folders("siglip"))), some_images()
     clip.adapt(rank=2, alpha=4.0, targets=("q_proj", "out_proj", "fc1"), towers="both", init="random")
     names = [name for name, _ in lora.adapters(clip.backbone)]
-    assert len(names) == 2 * 2 * 3 + 1 and "vision_model.head.mlp.fc1" in names  # its attention would pass by an adapter
+    assert (
+        len(names) == 2 * 2 * 3 + 1 and "vision_model.head.mlp.fc1" in names
+    )  # its attention would pass by an adapter
     clip.encode_image(images).sum().backward()
     factors = [p for n, p in clip.backbone.named_parameters() if "vision_model" in n and "lora_" in n]
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in factors)
@@ -170,17 +173,11 @@ def test_the_gap_that_decides_on_epochs_knows_no_bias(folders: Any) -> None:
     clip = CLIP.load(str(folders("siglip")))
     method = MGCLIP()
     method.bind(clip)
-    classes = tuple(replace_class(word) for word in WORDS)
+    classes = tuple(Class(word, ("{}",)) for word in WORDS)
     before = method.means(some_images(5), torch.arange(5), classes)
     with torch.no_grad():
         clip.backbone.logit_bias.fill_(-50.0)
     assert method.means(some_images(5), torch.arange(5), classes) == pytest.approx(before, abs=1e-4)
-
-
-def replace_class(word: str) -> Any:
-    from perdure.data.task import Class
-
-    return Class(word, ("{}",))
 
 
 # ---- what is refused

@@ -110,8 +110,8 @@ def check_same(clip: CLIP, config: Mapping[str, Any]) -> None:
     if found != config["weights"]:
         raise PerdureError(
             f"The CLIP at {clip.path} is not the one that the run began with: it is a '{now['kind']}' of fingerprint "
-            f"{found[:12]}…, the run's a '{then['kind']}' of {config['weights'][:12]}…. Put the run's model back there, or start "
-            "a new run."
+            f"{found[:12]}…, the run's a '{then['kind']}' of {config['weights'][:12]}…. Put the run's model back there, or "
+            "start a new run."
         )
     if odd := [key for key in now if now[key] != then.get(key)]:
         raise PerdureError(

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder, or a Hub id that is brought into one. The network is asked for such ids alone, and once."""
+"""Where a checkpoint lies: a folder, or a Hub id that is brought into one. The network is asked for such ids alone."""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ def backbone(place: Place) -> Any:
             place.folder, dtype=torch.float32, weights_only=True, local_files_only=True, output_loading_info=True
         )  # safetensors where there are any; of older files (pickles) tensors alone are read, no code is run
     except (UnpicklingError, EOFError) as error:
-        raise refused(place.path, "its pytorch_model.bin is damaged, or holds more than tensors, which is not read") from error
+        raise refused(
+            place.path, "its pytorch_model.bin is damaged, or holds more than tensors, which is not read"
+        ) from error
     except UNREADABLE as error:
         raise refused(place.path, str(error).strip().split("\n")[0]) from error
     if about["missing_keys"]:

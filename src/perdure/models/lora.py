@@ -29,7 +29,11 @@ def attach(
     # SigLIP pools by an attention of torch's, which reads its layers' weights and would pass by an adapter in silence
     pooling = [f"{n}.out_proj" for n, module in backbone.named_modules() if isinstance(module, nn.MultiheadAttention)]
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=pattern, exclude_modules=pooling or None, init_lora_weights=init != "random"
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=pattern,
+        exclude_modules=pooling or None,
+        init_lora_weights=init != "random",
     )
     inject_adapter_in_model(config, backbone)
     for name, parameter in backbone.named_parameters():

@@ -74,7 +74,9 @@ class SigLIP(CLIP):
         if self.tokenizer.pad_token_id is None:
             raise PerdureError(f"The tokenizer of '{self.path}' has no padding token, and SigLIP's text is read there.")
         if not self.backbone.config.vision_config.vision_use_head:
-            raise PerdureError(f"The SigLIP at '{self.path}' has no pooling head (vision_use_head): no image embedding.")
+            raise PerdureError(
+                f"The SigLIP at '{self.path}' has no pooling head (vision_use_head): no image embedding."
+            )
 
 
 class SigLIP2(SigLIP):
