@@ -43,10 +43,10 @@ def export(
             )
         left = Learner(run).export(out)
         rest = f" {' and '.join(left).capitalize()}: only Learner.from_pretrained has that." if left else ""
-        said = f"The model in use lies in {out}, with its card. CLIPModel.from_pretrained loads its checkpoint.{rest}"
+        said = f"The model in use lies in {out}, with its card. AutoModel.from_pretrained loads its checkpoint.{rest}"
         console().print(said, markup=False, highlight=False, soft_wrap=True)
         return
-    said = f"{launch.export(run, out, task)} lies in {out}. Load it with CLIPModel.from_pretrained."
+    said = f"{launch.export(run, out, task)} lies in {out}. Load it with transformers' AutoModel.from_pretrained."
     console().print(said, markup=False, highlight=False, soft_wrap=True)
 
 

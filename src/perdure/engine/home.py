@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile, PerdureError
+from perdure.core.pixels import Fit
 from perdure.core.state import inside, read_tensors
 from perdure.data.files import Files
 from perdure.data.task import Class, Images, Probe, Query, Task
@@ -66,7 +67,7 @@ class Learned:
         none = Images(torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
         return Task(self.name, self.classes, none, none, index)
 
-    def tests(self, side: int) -> Images | None:
+    def tests(self, view: tuple[int, Fit]) -> Images | None:
         """Its test pictures, where they are kept and still there."""
         kept = self.saved.record["files"].get("pictures")
         if kept is not None:
@@ -75,7 +76,7 @@ class Learned:
         paths = [Path(p) for p in self.about.get("paths", [])]
         if not paths or not all(path.is_file() for path in paths):
             return None
-        return Images(Files(tuple(paths), side), torch.tensor(self.about["labels"], dtype=torch.int64))
+        return Images(Files(tuple(paths), *view), torch.tensor(self.about["labels"], dtype=torch.int64))
 
 
 def numbered(folder: Path) -> list[Path]:

@@ -40,7 +40,7 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
         torch.set_num_threads(settings.threads)
         forget_peak_memory()
         clip = load_clip(config, stream.model)
-        stream = stream.at(clip.size)
+        stream = stream.at(clip.size, clip.fit)
         stream.check(clip)
         done = good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
         for saved in done:

@@ -30,7 +30,7 @@ ELSEWHERE = ("device", "threads", "workers", "gradient_checkpointing", "accumula
 class Settings:
     """What a run needs beyond the method's options."""
 
-    model: Annotated[str, Field(description="folder or Hub id of a CLIP; empty: the stream's own")] = ""
+    model: Annotated[str, Field(description="folder or Hub id of a CLIP or SigLIP; empty: the stream's own")] = ""
     labels: Annotated[
         Literal["stream", "task", "seen", "all"], Field(description="classes that compete; stream: as is usual there")
     ] = "stream"
@@ -116,10 +116,23 @@ def load_clip(config: Mapping[str, Any], own: str) -> CLIP:
     clip.accumulate, clip.evaluation_batch = settings.accumulate, settings.evaluation_batch
     if settings.gradient_checkpointing:
         by_blocks(clip.backbone)
-    found = clip.fingerprint() if "weights" in config else ""
-    if found and found != config["weights"]:
-        raise PerdureError(
-            f"The CLIP at {clip.path} is not the one that the run began with (fingerprint {found[:12]}…, the run's "
-            f"{config['weights'][:12]}…). Put the run's model back there, or start a new run."
-        )
+    if "weights" in config:
+        check_same(clip, config)
     return clip
+
+
+def check_same(clip: CLIP, config: Mapping[str, Any]) -> None:
+    """Refuse another model than the run's: other weights, or the same ones that see or compute otherwise."""
+    found, now = clip.fingerprint(), clip.described()
+    then = config.get("backbone", now)  # earlier versions did not note it
+    if found != config["weights"]:
+        raise PerdureError(
+            f"The CLIP at {clip.path} is not the one that the run began with: it is a '{now['kind']}' of fingerprint "
+            f"{found[:12]}…, the run's a '{then['kind']}' of {config['weights'][:12]}…. Put the run's model back there, or "
+            "start a new run."
+        )
+    if odd := [key for key in now if now[key] != then.get(key)]:
+        raise PerdureError(
+            f"The CLIP at {clip.path} has the weights that the run began with, but another {odd[0]} ({now[odd[0]]}, the "
+            f"run's {then.get(odd[0])}). Put the run's model back there, or start a new run."
+        )

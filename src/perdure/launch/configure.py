@@ -134,6 +134,6 @@ def prepare(
         data.check(clip)
         if clip.note:
             warn(clip.note)
-        fingerprint = clip.fingerprint()
+        found = {"weights": clip.fingerprint(), "backbone": clip.described(), "revision": clip.revision}
         build_entry(find_method(method)[0], config["options"]).bind(clip, data.context(seed, folder))
-    return {**config, "weights": fingerprint}
+    return {**config, **{key: value for key, value in found.items() if value}}

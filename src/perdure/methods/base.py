@@ -27,7 +27,7 @@ from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
 from perdure.methods.answering import Answering, Expert
 from perdure.models.clip import CLIP
-from perdure.ops.losses import classification
+from perdure.ops.losses import classification, pairwise
 from perdure.training.fit import Backward, Learner, Losses, Stepper, optimise
 from perdure.training.recipe import Recipe
 from perdure.training.schedule import Schedule
@@ -77,6 +77,8 @@ class Method(Answering, Learner):
             learns = c.towers in ("both", clip.part_of(name)) and clip.part_of(name) != "scale"
             parameter.requires_grad_(parameter.requires_grad and learns)
         self.join(clip, context or Context())
+        if c.loss == "sigmoid":
+            clip.check_bias("loss=sigmoid")
 
     def join(self, clip: CLIP, context: Context) -> None:
         """Take a model that is ready to learn: all that a part of a composition does which does not learn."""
@@ -113,14 +115,15 @@ class Method(Answering, Learner):
         ).over(len(task.train))  # fmt: skip
 
     def step(self, batch: Batch, backward: Backward) -> None:
-        """One batch: cross entropy of s·I·Tᵀ over the task's classes."""
+        """One batch: the loss of the logits over the task's classes, cross entropy as a rule."""
         backward(task=self.task_loss(batch))
 
     def task_loss(self, batch: Batch) -> Tensor:
         """The classification loss of the task at hand."""
         texts = self.frozen_texts if self.frozen_texts is not None else self.clip.encode_tokens(self.tokens)
         logits = self.clip.similarity(self.clip.encode_image(batch.images), texts)
-        return classification(logits, batch.labels, self.config.label_smoothing, self.group)
+        loss = {"softmax": classification, "sigmoid": pairwise}[self.config.loss]
+        return loss(logits, batch.labels, self.config.label_smoothing, self.group)
 
     # ---- what it brings
 

@@ -92,7 +92,7 @@ class GIFT(Method):
                 "Set consolidation=l2 or none, or turn one of them on."
             )
         if self.replays:
-            self.replay = Replay(c, self.context, clip.size, clip.device.type, clip.tokens)
+            self.replay = Replay(c, self.context, clip.size, clip.device.type, clip.tokens, clip.fit)
 
     @property
     def replays(self) -> bool:

@@ -30,6 +30,10 @@ class Recipe:
     batch_size: Annotated[int, Field(ge=1, le=10**6, description="images a step")] = 64
     warmup: Annotated[int, Field(ge=0, le=10**9, description="steps of linear warm-up, then a cosine to 0")] = 100
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of the classification loss")] = 0.2
+    loss: Annotated[
+        Literal["softmax", "sigmoid"],
+        Field(description="of classification: cross entropy, or SigLIP's, a sigmoid a pair (models with a bias alone)"),
+    ] = "softmax"
     milestones: Annotated[
         tuple[int, ...],
         Field(description="steps (of epochs: epochs) where the rate falls by gamma, in place of the cosine"),

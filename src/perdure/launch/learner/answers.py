@@ -17,6 +17,7 @@ from perdure.data.folders import PICTURES, hidden
 from perdure.data.task import Class, Query
 from perdure.engine.home import Learned, all_classes
 from perdure.methods.base import Expert, Method
+from perdure.models.clip import CLIP
 
 Answer = dict[str, Any]  # path, label, score, task, expert, weight; top: more labels; error: why there is no answer
 Pictures = str | Path | Sequence[str | Path] | Tensor
@@ -36,7 +37,7 @@ def answered(
         raise PerdureError(f"topk is a number from 1 on, not {topk}.")
     taught = {c: one.name for one in reversed(learned) for c in one.classes}
     out: list[Answer] = []
-    for paths, pixels, troubles in batches(images, method.clip.size):
+    for paths, pixels, troubles in batches(images, method.clip):
         rows = iter(rows_of(method, pixels, asked, taught, topk) if len(pixels) else [])
         for path, trouble in zip(paths, troubles, strict=True):
             out.append({"path": path, "error": trouble} if trouble else {"path": path, **next(rows)})
@@ -94,8 +95,8 @@ def competing(learned: Sequence[Learned], words: Sequence[str] | None) -> tuple[
     return tuple(by_name.get(word.lower(), Class(word, known[0].templates if known else TEMPLATES)) for word in wanted)
 
 
-def batches(images: Pictures, side: int) -> Iterator[tuple[list[str], Tensor, list[str]]]:
-    """Pictures in batches: their names, those that can be read (n, 3, side, side), and what is wrong with each, or nothing."""
+def batches(images: Pictures, clip: CLIP) -> Iterator[tuple[list[str], Tensor, list[str]]]:
+    """Pictures in batches: their names, those that can be read (n, 3, H, W), and what is wrong with each, or nothing."""
     if isinstance(images, Tensor):
         if not are_pixels(images):
             raise PerdureError(
@@ -109,17 +110,17 @@ def batches(images: Pictures, side: int) -> Iterator[tuple[list[str], Tensor, li
     paths = listed(images)
     for start in range(0, len(paths), BATCH):
         some_paths = paths[start : start + BATCH]
-        read = list(readers().map(Reader(side), some_paths))
+        read = list(readers().map(Reader(clip), some_paths))
         good = [x for x in read if isinstance(x, Tensor)]
-        pixels = torch.stack(good) if good else torch.empty(0, 3, side, side, dtype=torch.uint8)
+        pixels = torch.stack(good) if good else torch.empty(0, 3, clip.size, clip.size, dtype=torch.uint8)
         yield [str(p) for p in some_paths], pixels, ["" if isinstance(x, Tensor) else x for x in read]
 
 
 class Reader:
-    """Reads a picture at a size: a tensor, or what is wrong with it in words."""
+    """Reads a picture as the model sees it: a tensor, or what is wrong with it in words."""
 
-    def __init__(self, side: int):
-        self.files = Files((), side)
+    def __init__(self, clip: CLIP):
+        self.files = Files((), *clip.view)
 
     def __call__(self, path: Path) -> Tensor | str:
         try:

@@ -93,7 +93,7 @@ def usage(left: Sequence[str]) -> list[str]:
     return [
         "```python", "from perdure import Learner", 'learner = Learner.from_pretrained("FOLDER")',
         'learner.predict("picture.jpg")', "```", "",
-        f"`transformers.CLIPModel.from_pretrained` loads the checkpoint in this folder too{whole}",
+        f"`transformers.AutoModel.from_pretrained` loads the checkpoint in this folder too{whole}",
     ]  # fmt: skip
 
 

@@ -118,12 +118,12 @@ class Learner:
             return
         method = bound(self.folder, config, [], self.watcher)
         if not path.exists():
-            keep_probe(self.folder, config, method.clip.size)
+            keep_probe(self.folder, config, method.clip)
             write_json(path, config)
         self.made = read_home(self.folder)
         born, start = Method(), time.perf_counter()
         born.join(load_clip(config, str(mini.MODEL)), Context())
-        found = home.measure(born, [], {}, probe_of(self.folder, config, method.clip.size))
+        found = home.measure(born, [], {}, probe_of(self.folder, config, method.clip))
         self.save(folder_name(0, "before"), Current(method, [], [], None), found, noted("before", 0, (start, start)))
 
     def current(self, new: Task | None = None) -> Current:
@@ -133,7 +133,7 @@ class Learner:
         tasks = [one.task(k) for k, one in enumerate(learned)]
         method = bound(self.folder, config, [*tasks, new] if new else tasks, self.watcher)
         states[-1].restore(method)
-        return Current(method, states, learned, probe_of(self.folder, config, method.clip.size))
+        return Current(method, states, learned, probe_of(self.folder, config, method.clip))
 
     def learn_one(self, task: Task, max_loss: float | None, check: Callable[[], None]) -> Outcome:
         """Learn a task, measure, and take it or refuse it. ``check``: what must still hold when it is learned."""
@@ -141,8 +141,8 @@ class Learner:
         if ready is None:
             return Outcome(task.name, already=True, notes=tuple(said))
         now = self.current(ready)
-        number, side = len(now.states), now.method.clip.size
-        task = replace(ready, index=len(now.learned), train=ready.train.at(side), test=ready.test.at(side))
+        number, view = len(now.states), now.method.clip.view
+        task = replace(ready, index=len(now.learned), train=ready.train.at(*view), test=ready.test.at(*view))
         check_task(task, now.method)
         self.watcher.begins([*(t.name for t in now.tasks), task.name], [], [])
         self.watcher.learns(task.name, number)

@@ -16,6 +16,7 @@ from perdure.core.state import read_tensors, write_bytes
 from perdure.data.files import Files
 from perdure.data.task import Class, Images, Probe
 from perdure.engine.checkpoint import as_bytes
+from perdure.models.clip import CLIP
 
 PROBE = "probe.safetensors"
 
@@ -42,16 +43,16 @@ def read_probe(base: Path) -> Probe:
     return Probe(task.classes, Images(pixels, torch.cat([task.train.labels, task.test.labels])))
 
 
-def keep_probe(folder: Path, config: dict[str, Any], side: int) -> None:
+def keep_probe(folder: Path, config: dict[str, Any], clip: CLIP) -> None:
     """Keep the probe's pictures as those of tasks are kept, and note it in ``config``."""
     about, keep = config["home"]["probe"], config["home"]["keep"]
     if about["kind"] != "pictures" or keep != "pictures":
         return
-    test = read_probe(Path(about["folder"])).test.at(side)
+    test = read_probe(Path(about["folder"])).test.at(*clip.view)
     about["sha256"] = write_bytes(folder / PROBE, as_bytes({"pixels": test.pixels[:], "labels": test.labels}))
 
 
-def probe_of(folder: Path, config: Mapping[str, Any], side: int) -> Probe | None:
+def probe_of(folder: Path, config: Mapping[str, Any], clip: CLIP) -> Probe | None:
     """The probe of a HOME; None where there is none, or its pictures are gone."""
     about = config["home"]["probe"]
     if about["kind"] == "embedded":
@@ -66,4 +67,4 @@ def probe_of(folder: Path, config: Mapping[str, Any], side: int) -> Probe | None
     if not base.is_dir():
         return None
     probe = read_probe(base)
-    return Probe(probe.classes, probe.test.at(side))
+    return Probe(probe.classes, probe.test.at(*clip.view))

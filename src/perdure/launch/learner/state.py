@@ -41,7 +41,7 @@ class Current:
 
     def tests(self) -> dict[str, Images]:
         """The test pictures that are kept and there, by task."""
-        found = {one.name: one.tests(self.method.clip.size) for one in self.learned}
+        found = {one.name: one.tests(self.method.clip.view) for one in self.learned}
         return {name: images for name, images in found.items() if images is not None}
 
     def before(self, task: Task) -> Hits:
