@@ -159,7 +159,7 @@ def distillation(runs: Path, seeds: int, jobs: int, tasks: int) -> None:
 def weights_after(folder: Path, tasks: int) -> dict[str, torch.Tensor]:
     """The weights of a run after ``tasks`` tasks."""
     config, data, method = launch.reopen(folder)
-    method.bind(launch.load_clip(config, data), data.context(config["seed"]))
+    method.bind(launch.load_clip(config, data.model), data.context(config["seed"]))
     read_task(folder / folder_names([t.name for t in data.tasks])[tasks], tensors=True).restore(method)
     return method.clip.weights()
 

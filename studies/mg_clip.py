@@ -137,7 +137,7 @@ def softmax_of(folder: Path) -> dict[str, float]:
     """Last accuracy of a finished MG-CLIP run under other ways of mixing."""
     config, data, method = launch.reopen(folder)
     assert isinstance(method, MGCLIP)
-    clip = launch.load_clip(config, data)
+    clip = launch.load_clip(config, data.model)
     method.bind(clip, data.context(config["seed"]))
     read_task(folder / folder_names([t.name for t in data.tasks])[-1], tensors=True).restore(method)
     classes = tuple(c for t in data.tasks for c in t.classes)

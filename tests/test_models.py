@@ -71,8 +71,10 @@ def test_a_hub_id_without_a_network_is_one_sentence(monkeypatch: pytest.MonkeyPa
 
 def test_another_architecture_is_named(folder: Path, capfd: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "siglip"}))
-    with pytest.raises(PerdureError, match="says it is a 'siglip' model, and a 'clip' is read here"):
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "blip"}))
+    with pytest.raises(
+        PerdureError, match="says it is a 'blip' model, and what is read here is 'clip', 'siglip', 'siglip2'"
+    ):
         CLIP.load(str(folder))
     (folder / "config.json").write_text("{")
     with pytest.raises(PerdureError, match=r"its config\.json is damaged"):

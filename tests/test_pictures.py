@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, Siglip2ImageProcessor, SiglipImageProcessor
 from transformers.image_utils import load_image
 
 from perdure.benchmarks import mini
 from perdure.core.errors import DamagedFile
+from perdure.core.pixels import Fit, resized
 from perdure.data.files import Files, Joined, all_cropped, crops, opened
 from perdure.data.loader import ahead
 from perdure.data.task import Batch, Class, Images, Task
@@ -67,6 +68,45 @@ def test_evaluation_is_the_checkpoint_s_image_processor(kind: str, tmp_path: Pat
     mine = Files((path,), side)[:][0].float()
     assert mine.shape == theirs.shape == (3, side, side)
     assert (mine - theirs).abs().max() <= 2  # they resample tensors, we do as Pillow does
+
+
+FITS: dict[str, tuple[Fit, Any]] = {
+    "siglip": (Fit(False, "bicubic"), SiglipImageProcessor(size={"height": 24, "width": 24}, resample=3)),
+    "siglip 2": (Fit(False, "bilinear"), SiglipImageProcessor(size={"height": 24, "width": 24}, resample=2)),
+    "more than is cut": (
+        Fit(True, "bilinear", 40),
+        CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 24, "width": 24}, resample=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FITS)
+def test_evaluation_is_every_processor_s_own(name: str, kind: str, tmp_path: Path) -> None:
+    path, (fit, processor) = written(tmp_path, kind), FITS[name]
+    picture = load_image(str(path))
+    theirs = processor(picture, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values[0]
+    mine = Files((path,), 9).at(24, fit)[:][0].float()
+    assert mine.shape == theirs.shape == (3, 24, 24)
+    assert (mine - theirs).abs().max() <= 2  # they resample tensors, we do as Pillow does
+    memory = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None]
+    edge = fit.edge or 24
+    if not fit.crop or all(
+        edge * x % min(picture.size) == 0 for x in picture.size
+    ):  # else they differ by a pixel in length
+        assert (resized(memory / 255, 24, fit)[0] * 255 - theirs).abs().max() <= 1
+
+
+def test_a_square_picture_in_patches_is_siglip_2_s(tmp_path: Path) -> None:
+    path = tmp_path / "square.png"
+    picture(90, 90).save(path)
+    values = Siglip2ImageProcessor(patch_size=8, max_num_patches=9)(load_image(str(path)), return_tensors="pt")
+    theirs = (
+        values.pixel_values[0].unflatten(1, (8, 8, 3)).unflatten(0, (3, 3)).permute(4, 0, 2, 1, 3).reshape(3, 24, 24)
+    )
+    assert values.spatial_shapes.tolist() == [[3, 3]]
+    mine = Files((path,), 24, Fit(False, "bilinear"))[:][0].float()
+    assert (mine - (theirs * 0.5 + 0.5) * 255).abs().max() <= 2
 
 
 def test_grey_of_16_bits_keeps_its_range_on_purpose(tmp_path: Path) -> None:
@@ -161,6 +201,13 @@ def test_files_take_the_model_s_size(tmp_path: Path) -> None:
     mixed = replace(stream, tasks=(task,)).at(24)
     assert mixed.tasks[0].test.pixels[:2].shape == (2, 3, 24, 24)
     assert stream.at(24).tasks[0].test.pixels is stream.tasks[0].test.pixels  # in memory: nothing to read again
+    pressed = mixed.at(24, Fit(False, "bilinear")).tasks[0]
+    theirs = SiglipImageProcessor(size={"height": 24, "width": 24}, resample=2)
+    wanted = theirs(load_image(str(tmp_path / "0.jpg")), do_rescale=False, do_normalize=False, return_tensors="pt")
+    for images in (pressed.train, pressed.test):
+        assert (images.pixels[:1][0].float() - wanted.pixel_values[0]).abs().max() <= 2
+    both = Joined((pressed.test.pixels, stream.tasks[0].test.pixels)).at(8, Fit(False)).parts[0]
+    assert (both.side, both.fit) == (8, Fit(False))
 
 
 def test_every_kind_can_be_cropped(tmp_path: Path) -> None:

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 from perdure.core.errors import PerdureError
 
 __version__ = "0.1.0"
-__all__ = ["CLIP", "Method", "PerdureError", "Stream", "__version__", "resume", "run"]
+__all__ = ["CLIP", "Learner", "Method", "PerdureError", "Stream", "__version__", "resume", "run"]
 
 if TYPE_CHECKING:
     from perdure.data.task import Stream
     from perdure.launch import resume, run
+    from perdure.launch.learner import Learner
     from perdure.methods.base import Method
     from perdure.models.clip import CLIP
 
 # On first use: torch takes seconds to import.
 HOMES = {
     "run": "perdure.launch", "resume": "perdure.launch", "Stream": "perdure.data.task", "CLIP": "perdure.models.clip",
-    "Method": "perdure.methods.base",
+    "Method": "perdure.methods.base", "Learner": "perdure.launch.learner",
 }  # fmt: skip
 
 

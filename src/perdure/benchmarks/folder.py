@@ -48,24 +48,30 @@ class Told:
     task_id: str = "known"
 
 
-def load_folder(base: Path) -> Stream:
-    """The stream of a folder. ``PerdureError`` for one that is laid out in no known way."""
+def load_folder(base: Path, name: str = "") -> Stream:
+    """The stream of a folder; ``name``: of its one task, in the place of the folder's. ``PerdureError`` for one that is laid
+    out in no known way, and for a name where there are several tasks."""
     told, subs = told_by(base), folders(base)
     if not subs:
         raise PerdureError(
             f"{base} holds no folders. Wanted: {base}/CLASS/*, or {base}/TASK/CLASS/*, with pictures in them."
         )
-    homes = {base.name: base} if is_task(base) else {name: base / name for name in subs}
-    if len(homes) > 1 or base.name not in homes:
+    alone = is_task(base)
+    homes = {name or base.name: base} if alone else {sub: base / sub for sub in subs}
+    if not alone:
         check_tasks(base, homes)
+        if name:
+            raise PerdureError(
+                f"{base} holds {len(homes)} tasks, which have names of their own: leave the name '{name}' out."
+            )
     if strange := sorted(set(told.order) - set(homes)):
         raise unknown("task in the order of stream.yaml", strange[0], sorted(homes))
     names = [*told.order, *sorted(set(homes) - set(told.order))]
     tasks, identity = [], []
-    for index, name in enumerate(names):
-        task, marks = task_of(name, homes[name], base, index, told)
+    for index, one in enumerate(names):
+        task, marks = task_of(one, homes[one], base, index, told)
         tasks.append(task)
-        identity.append([name, marks])
+        identity.append([one, marks])
     say_shared(tasks, told.labels)
     whole = digest(as_json([identity, list(told.templates)]))
     notes = (f"Pictures of {base.name}: the user's own.",)

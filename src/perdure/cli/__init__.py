@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from perdure import __version__
-from perdure.cli import data, lists, results, runs
+from perdure.cli import data, learner, lists, results, runs
 from perdure.core.errors import PerdureError
 from perdure.terminal import plain_characters, plain_warnings
 
@@ -23,7 +23,8 @@ app = typer.Typer(
     help="Vision-language models that learn task after task and keep what they knew.",
 )  # fmt: skip
 for command in (
-    runs.run, runs.resume, lists.methods, lists.streams, results.generate, results.report, results.export, runs.demo,
+    learner.learn, learner.predict, learner.evaluate, learner.history, learner.undo, learner.forget, results.export,
+    runs.run, runs.resume, runs.demo, results.report, results.generate, lists.methods, lists.streams,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(data.app, name="data")

@@ -22,7 +22,7 @@ def report(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of a model in use.")],
     out: Annotated[Path, typer.Argument(help="Folder for the checkpoint.")],
     task: Annotated[
         int | None,
@@ -31,10 +31,22 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write the model of a run as a plain transformers checkpoint."""
+    """Write the model of a run, or a model in use, as a plain transformers checkpoint."""
     from perdure import launch
 
-    said = f"{launch.export(run, out, task)} lies in {out}. Load it with CLIPModel.from_pretrained."
+    if (run / "config.json").exists() and "home" in launch.read_config(run):
+        from perdure.launch.learner import Learner
+
+        if task is not None:
+            raise PerdureError(
+                "--task belongs to runs: of a model in use the current state is exported; go back with undo."
+            )
+        left = Learner(run).export(out)
+        rest = f" {' and '.join(left).capitalize()}: only Learner.from_pretrained has that." if left else ""
+        said = f"The model in use lies in {out}, with its card. AutoModel.from_pretrained loads its checkpoint.{rest}"
+        console().print(said, markup=False, highlight=False, soft_wrap=True)
+        return
+    said = f"{launch.export(run, out, task)} lies in {out}. Load it with transformers' AutoModel.from_pretrained."
     console().print(said, markup=False, highlight=False, soft_wrap=True)
 
 

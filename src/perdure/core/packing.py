@@ -21,6 +21,7 @@ from perdure.core.errors import DamagedFile, PerdureError
 
 S = TypeVar("S")
 TENSORS, FILES = dict[str, Tensor], dict[str, dict[str, Tensor]]
+Packed = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # a state as (tensors by file, plain values)
 VAGUE = (Any, object, dict, list, tuple, set, frozenset)  # say nothing of what is inside
 
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile
-from perdure.core.pixels import as_floats
+from perdure.core.pixels import CENTRE, Fit, as_floats
 from perdure.data.transforms import crop_box, random_resized_crop, some_numbers
 
 # What Pillow raises for damaged files.
@@ -30,14 +30,15 @@ DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of 16-bit grey pictures
 
 @dataclass(frozen=True)
 class Files:
-    """(N, 3, side, side) uint8, read when indexed as a checkpoint's image processor would: the shorter side resized to
-    ``side`` (bicubic), the centre cut out. ``crops`` cuts from the whole picture.
+    """(N, 3, side, side) uint8, read when indexed as a checkpoint's image processor would: as ``fit`` says. ``crops`` cuts
+    from the whole picture.
 
     Indexed like a tensor, by a slice or by numbers (B,), it gives a tensor.
     """
 
     paths: tuple[Path, ...]
     side: int
+    fit: Fit = CENTRE
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -47,9 +48,9 @@ class Files:
         empty = torch.empty(0, 3, self.side, self.side, dtype=torch.uint8)
         return torch.stack(list(readers().map(self.read, chosen))) if chosen else empty
 
-    def at(self, side: int) -> Files:
-        """The same files, read at another size: the model's."""
-        return replace(self, side=side)
+    def at(self, side: int, fit: Fit = CENTRE) -> Files:
+        """The same files, read at another size and another way: the model's."""
+        return replace(self, side=side, fit=fit)
 
     def select(self, index: Tensor | slice) -> Files:
         """Some of the files, still unread."""
@@ -63,9 +64,9 @@ class Files:
     def read(self, path: Path) -> Tensor:
         """One picture, (3, side, side) uint8."""
         with opened(path) as picture:
-            short = min(picture.size)
-            wide, tall = (self.side if x == short else int(self.side * x / short) for x in picture.size)
-            picture = picture.resize((wide, tall), Image.Resampling.BICUBIC)
+            short, edge = min(picture.size), self.fit.edge or self.side
+            wide, tall = (edge if x == short or not self.fit.crop else int(edge * x / short) for x in picture.size)
+            picture = picture.resize((wide, tall), Image.Resampling[self.fit.resample.upper()])
             left, top = (wide - self.side) // 2, (tall - self.side) // 2
             return as_tensor(picture.crop((left, top, left + self.side, top + self.side)))
 
@@ -165,9 +166,9 @@ class Joined:
         ]
         return torch.stack(alike).clamp_(0, 1) if alike else torch.empty(0, 3, *size)
 
-    def at(self, side: int) -> Joined:
-        """Those in files read at another size."""
-        return Joined(tuple(at(part, side) for part in self.parts))
+    def at(self, side: int, fit: Fit = CENTRE) -> Joined:
+        """Those in files read at another size and another way."""
+        return Joined(tuple(at(part, side, fit) for part in self.parts))
 
     def one(self, number: int) -> Tensor:
         """One image, (3, H, W) float."""
@@ -203,9 +204,9 @@ def take(pixels: Pixels, index: Tensor) -> Pixels:
     return pixels.select(index) if isinstance(pixels, Files) else pixels[index]  # joined ones are read
 
 
-def at(pixels: Pixels, side: int) -> Pixels:
-    """The same images; those in files are read at another size."""
-    return pixels if isinstance(pixels, Tensor) else pixels.at(side)
+def at(pixels: Pixels, side: int, fit: Fit = CENTRE) -> Pixels:
+    """The same images; those in files are read at another size and another way."""
+    return pixels if isinstance(pixels, Tensor) else pixels.at(side, fit)
 
 
 def crops(pixels: Pixels, index: Tensor, size: int, numbers: Tensor) -> Tensor:
@@ -216,7 +217,7 @@ def crops(pixels: Pixels, index: Tensor, size: int, numbers: Tensor) -> Tensor:
 
 
 def all_cropped(pixels: Pixels, size: int, generator: torch.Generator, batch: int = 256) -> Iterator[Tensor]:
-    """One random crop of each image, in order, ``batch`` at a time."""
+    """One random crop of each image, in order, ``batch`` at a time: which crops are drawn depends on it."""
     for index in torch.arange(len(pixels)).split(batch):
         yield crops(pixels, index, size, some_numbers(len(index), generator))
 
@@ -224,8 +225,8 @@ def all_cropped(pixels: Pixels, size: int, generator: torch.Generator, batch: in
 def joined(parts: Sequence[Pixels]) -> Pixels:
     """Several sets of images as one."""
     first = parts[0]
-    if all(isinstance(part, Files) and part.side == first.side for part in parts):
-        return Files(tuple(p for part in parts for p in part.paths), first.side)
+    if all(isinstance(part, Files) and (part.side, part.fit) == (first.side, first.fit) for part in parts):
+        return replace(first, paths=tuple(p for part in parts for p in part.paths))
     if all(
         isinstance(part, Tensor) and part.shape[1:] == first.shape[1:] and part.dtype == first.dtype for part in parts
     ):

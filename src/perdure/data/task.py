@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
+from perdure.core.pixels import CENTRE, Fit
 from perdure.core.seeding import derive
 from perdure.data.batch import Batch
 from perdure.data.checks import are_pixels, check_labels, check_range, check_texts, described
@@ -53,9 +54,9 @@ class Images:
         captions = None if self.captions is None else tuple(self.captions[k] for k in index.tolist())
         return Images(take(self.pixels, index), self.labels[index], captions)
 
-    def at(self, side: int) -> Images:
-        """The same images; those in files are read at another size."""
-        return replace(self, pixels=at(self.pixels, side))
+    def at(self, side: int, fit: Fit = CENTRE) -> Images:
+        """The same images; those in files are read at another size and another way."""
+        return replace(self, pixels=at(self.pixels, side, fit))
 
     def few(self, shots: int, generator: torch.Generator) -> Images:
         """``shots`` images a class, drawn; all of a class that has fewer."""
@@ -160,10 +161,10 @@ class Stream:
                 raise PerdureError(f"The class '{one.name}' is in two steps of {self.name}: a class belongs to one.")
             seen.add(one)
 
-    def at(self, side: int) -> Stream:
-        """The same stream, whose pictures in files are read at the model's size."""
-        tasks = tuple(replace(t, train=t.train.at(side), test=t.test.at(side)) for t in self.tasks)
-        return replace(self, tasks=tasks, probe=self.probe and replace(self.probe, test=self.probe.test.at(side)))
+    def at(self, side: int, fit: Fit = CENTRE) -> Stream:
+        """The same stream, whose pictures in files are read at the model's size, the model's way."""
+        tasks = tuple(replace(t, train=t.train.at(side, fit), test=t.test.at(side, fit)) for t in self.tasks)
+        return replace(self, tasks=tasks, probe=self.probe and replace(self.probe, test=self.probe.test.at(side, fit)))
 
     def check(self, clip: Any) -> None:
         """Refuse, before anything is computed, what ``clip`` cannot be asked or shown: a side without images, floats that are

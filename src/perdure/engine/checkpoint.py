@@ -20,9 +20,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile, PerdureError
-from perdure.core.packing import Frozen
+from perdure.core.packing import Frozen, Packed
 from perdure.core.state import digest, inside, read_json, read_tensors, sync_folder, write_bytes, write_json
 from perdure.methods.base import Method
+
+OWN = ("weights", "modules", "hits", "hits_of_all", "pictures")  # files of a task that are not the method's state
 
 
 @dataclass
@@ -33,15 +35,15 @@ class Saved:
     record: dict[str, Any]
     files: dict[str, dict[str, Tensor]]
 
+    def packed(self) -> Packed:
+        """The method's state as ``pack_state`` gave it."""
+        return {name: tensors for name, tensors in self.files.items() if name not in OWN}, self.record["values"]
+
     def restore(self, method: Method) -> None:
         """Put state, modules (which may be made from the state) and weights back into a bound method."""
-        device = method.clip.device
-        state = {
-            name: {key: tensor.to(device) for key, tensor in tensors.items()}
-            for name, tensors in self.files.items()
-            if name not in ("weights", "hits", "modules")
-        }
-        method.unpack_state(state, self.record["values"])
+        device, (state, values) = method.clip.device, self.packed()
+        here = {name: {key: tensor.to(device) for key, tensor in own.items()} for name, own in state.items()}
+        method.unpack_state(here, values)
         load_modules(method, self.files.get("modules", {}))
         if "weights" in self.files:
             method.clip.load_own_state(self.files["weights"], f"saved {self.folder.name}")
@@ -78,18 +80,20 @@ def folder_names(tasks: Sequence[str]) -> list[str]:
 
 
 def save_task(
-    run: Path, name: str, method: Method, hits: dict[str, Tensor], record: dict[str, Any], kept: dict[str, Any]
-) -> dict[str, Any]:
+    run: Path, name: str, method: Method, hits: dict[str, Tensor], record: dict[str, Any], kept: dict[str, Any],
+    more: Mapping[str, dict[str, Tensor]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write a task's folder beside, then rename it: it exists whole or not at all. Returns the record as written.
 
     A state file that an earlier task wrote once (an expert, say; named in ``kept``) is named again, not written again.
+    ``more``: further files of tensors by name.
     """
     files, values = method.pack_state()
     if method.carries_weights:
         files["weights"] = method.clip.own_state()
     if modules := module_state(method):
         files["modules"] = modules
-    files["hits"] = hits
+    files |= {"hits": hits, **(more or {})}
     beside = run / f".{name}.writing"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
@@ -101,7 +105,7 @@ def save_task(
                 continue
             path = f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', key.replace('/', '_'))}.safetensors"
             path = free_name(beside / path).name  # two tasks' names may differ in such characters alone
-            data = save(on_their_own(tensors))
+            data = as_bytes(tensors)
             written[key] = {"path": f"{name}/{path}", "sha256": write_bytes(beside / path, data), "bytes": len(data)}
         record = {**record, "values": values, "files": written}
         write_json(beside / "state.json", {**record, "sha256": seal(record)})
@@ -111,6 +115,11 @@ def save_task(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return record
+
+
+def as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a safetensors file that holds ``tensors``."""
+    return save(on_their_own(tensors))
 
 
 def on_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,17 @@ from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
 from perdure.core.state import as_json, digest, only_one, write_json
-from perdure.data.task import Batch, Context, Stream, Task
+from perdure.data.task import Context, Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent
-from perdure.engine.settings import Settings, load_clip
+from perdure.engine.settings import ELSEWHERE, Settings, load_clip
 from perdure.engine.summary import summary
+from perdure.engine.teach import Teacher
 from perdure.engine.watcher import Watcher
 from perdure.methods.base import Method
 from perdure.models.clip import CLIP
-from perdure.training.fit import Losses, Stepper, fit, optimise
-from perdure.training.schedule import Schedule
+from perdure.training.fit import Losses
 
 
 def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, watcher: Watcher) -> dict[str, Any]:
@@ -40,8 +39,8 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
     with undisturbed(), only_one(folder):
         torch.set_num_threads(settings.threads)
         forget_peak_memory()
-        clip = load_clip(config, stream)
-        stream = stream.at(clip.size)
+        clip = load_clip(config, stream.model)
+        stream = stream.at(clip.size, clip.fit)
         stream.check(clip)
         done = good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
         for saved in done:
@@ -66,9 +65,7 @@ DECIDES = ("method", "stream", "seed", "options", "settings", "split", "weights"
 def identity(config: Mapping[str, Any]) -> str:
     """A digest of everything in a configuration, as it was written, that decides the result: where it is computed does not."""
     parts = {key: config[key] for key in DECIDES}
-    parts["settings"] = {
-        key: value for key, value in config["settings"].items() if key not in ("device", "threads", "workers")
-    }
+    parts["settings"] = {key: value for key, value in config["settings"].items() if key not in ELSEWHERE}
     # of a method or stream that was read from a file, its content: where it lies does not decide anything
     parts["source"] = {kind: about.get("sha256") for kind, about in config.get("source", {}).items()}
     return digest(json.dumps(json.loads(as_json(parts)), sort_keys=True).encode())
@@ -92,7 +89,7 @@ class Loop:
         self.protocol = Protocol(settings.labels, settings.task_id)  # type: ignore[arg-type]
         self.rows = [saved.files["hits"] for saved in done]
         self.records = [saved.record for saved in done]
-        self.phases: dict[str, Losses] = {}
+        self.teacher = Teacher(method, config["seed"], settings, watcher)
         self.gap_images = for_gap(stream)
         shown = [self.shown(hits) for hits in self.rows]
         watcher.begins([t.name for t in stream.tasks], [a for a, _ in shown], [p for _, p in shown if p is not None])
@@ -109,7 +106,7 @@ class Loop:
         reseed(self.config["seed"], "bind")
         heard = self.watcher.draws, self.watcher.warn
         self.method.bind(clip, self.stream.context(self.config["seed"], self.folder, *heard, self.protocol.labels))
-        self.method.lend(self.train)
+        self.method.lend(self.teacher.train)
         if done:
             done[-1].restore(self.method)
         else:
@@ -127,7 +124,7 @@ class Loop:
         name = self.stream.tasks[number - 1].name
         self.watcher.learns(name, number)
         start = time.perf_counter()
-        losses = self.learn(number)
+        losses = self.teacher.learn(self.to_learn(number), number)
         trained = time.perf_counter()
         self.watcher.evaluates()
         held = self.method.clip.holds
@@ -146,7 +143,7 @@ class Loop:
             "task": name,
             "number": number,
             "losses": losses,
-            "phases": self.phases,
+            "phases": self.teacher.phases,
             "remarks": self.method.remarks() if number else {},
             "gap": found,
             "seconds": {"train": round(trained - start, 3), "evaluate": round(time.perf_counter() - trained, 3)},
@@ -171,50 +168,6 @@ class Loop:
         """Whether a row must equal the one above: nothing was learned since, and nothing else is asked."""
         unchanged = not self.method.learns or self.to_learn(number) is None
         return unchanged and self.protocol.labels != "seen"
-
-    def learn(self, number: int) -> Losses:
-        """Learn task ``number`` (1 …); return its losses, one value a step by name."""
-        task, method = self.to_learn(number), self.method
-        generator, self.phases = reseed(self.config["seed"], number), {}
-        if task is None or not method.learns:
-            return Losses()
-        method.start(task)
-        if method.foresees():
-            with self.before_the_head():
-                method.foresee(task)
-        losses = self.train_on(task, generator) if method.trains_on(task) else Losses()
-        method.fuse(task)
-        with self.before_the_head():
-            method.calibrate(task)
-        return losses
-
-    def train_on(self, task: Task, generator: torch.Generator) -> Losses:
-        """Take a task's steps."""
-        method, clip = self.method, self.method.clip
-        material = method.material(task)
-        method.begin_task(material)
-        s = self.settings
-        losses = fit(
-            method, material, generator, clip.size, clip.device, s.precision, self.watcher.step, workers=s.workers
-        )
-        if losses.steps:
-            clip.trained(f"trained {task.name}", method.parameters().values())
-        return losses
-
-    @contextlib.contextmanager
-    def before_the_head(self) -> Iterator[None]:
-        """Meanwhile, the model holds the weights that a head stands on."""
-        method, clip = self.method, self.method.clip
-        with clip.preserved(), clip.remembering(method.steady()):
-            method.load_expert(method.head_expert())
-            yield
-
-    def train(self, learner: Stepper, schedule: Schedule, draws: Iterator[Batch], name: str) -> Losses:
-        """What a method is lent for a phase of its own: the run's device, precision and progress, and a place in the record."""
-        device = self.method.clip.device
-        losses = optimise(learner, schedule, draws, device, self.settings.precision, self.watcher.step, name)
-        self.phases[name] = losses
-        return losses
 
     def to_learn(self, number: int) -> Task | None:
         """The task that a row stands for; a method that sees the whole stream learns it all before row 1."""

@@ -19,15 +19,18 @@ from perdure.core.state import read_json
 from perdure.data.splits import reordered
 from perdure.data.task import Stream
 from perdure.models.clip import CLIP
+from perdure.models.recompute import by_blocks
 
 THREADS = torch.get_num_threads()  # before any run changes it
+# Where a run is computed, and how much of it at a time: no part of what it is, whatever that does to the last digits.
+ELSEWHERE = ("device", "threads", "workers", "gradient_checkpointing", "accumulate", "evaluation_batch")
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a run needs beyond the method's options."""
 
-    model: Annotated[str, Field(description="folder or Hub id of a CLIP; empty: the stream's own")] = ""
+    model: Annotated[str, Field(description="folder or Hub id of a CLIP or SigLIP; empty: the stream's own")] = ""
     labels: Annotated[
         Literal["stream", "task", "seen", "all"], Field(description="classes that compete; stream: as is usual there")
     ] = "stream"
@@ -45,6 +48,17 @@ class Settings:
         int,
         Field(ge=0, le=256, description="threads that read pictures ahead of training; the same bits with any number"),
     ] = 4
+    gradient_checkpointing: Annotated[
+        bool,
+        Field(description="training in less memory: each block of the towers is computed twice; the same gradients"),
+    ] = False
+    accumulate: Annotated[
+        int,
+        Field(ge=1, le=10**6, description="parts that a batch is cut into to train in less memory; the same gradients"),
+    ] = 1
+    evaluation_batch: Annotated[
+        int, Field(ge=1, le=10**6, description="images at a time in evaluation and for features; the same answers")
+    ] = 256
     tasks: Annotated[int, Field(ge=0, description="only the first tasks, for a quick look; 0: all")] = 0
     images: Annotated[
         int, Field(ge=0, description="at most so many images a task and side, for a quick look; 0: all")
@@ -94,14 +108,31 @@ def kept_order(order: str) -> str:
     return json.dumps(read_json(expanded(order)), ensure_ascii=False)
 
 
-def load_clip(config: Mapping[str, Any], data: Stream) -> CLIP:
-    """The CLIP of a run, where it is computed. ``PerdureError`` where it is not the one that the run began with."""
+def load_clip(config: Mapping[str, Any], own: str) -> CLIP:
+    """The CLIP of a run, where it is computed; ``own``: that of its stream. ``PerdureError`` where it is not the one that the
+    run began with."""
     settings = Settings.recorded(config["settings"])
-    clip = CLIP.load(data.model if settings.model == "stream" else settings.model, settings.device)
-    found = clip.fingerprint() if "weights" in config else ""
-    if found and found != config["weights"]:
-        raise PerdureError(
-            f"The CLIP at {clip.path} is not the one that the run began with (fingerprint {found[:12]}…, the run's "
-            f"{config['weights'][:12]}…). Put the run's model back there, or start a new run."
-        )
+    clip = CLIP.load(own if settings.model == "stream" else settings.model, settings.device)
+    clip.accumulate, clip.evaluation_batch = settings.accumulate, settings.evaluation_batch
+    if settings.gradient_checkpointing:
+        by_blocks(clip.backbone)
+    if "weights" in config:
+        check_same(clip, config)
     return clip
+
+
+def check_same(clip: CLIP, config: Mapping[str, Any]) -> None:
+    """Refuse another model than the run's: other weights, or the same ones that see or compute otherwise."""
+    found, now = clip.fingerprint(), clip.described()
+    then = config.get("backbone", now)  # earlier versions did not note it
+    if found != config["weights"]:
+        raise PerdureError(
+            f"The CLIP at {clip.path} is not the one that the run began with: it is a '{now['kind']}' of fingerprint "
+            f"{found[:12]}…, the run's a '{then['kind']}' of {config['weights'][:12]}…. Put the run's model back there, or "
+            "start a new run."
+        )
+    if odd := [key for key in now if now[key] != then.get(key)]:
+        raise PerdureError(
+            f"The CLIP at {clip.path} has the weights that the run began with, but another {odd[0]} ({now[odd[0]]}, the "
+            f"run's {then.get(odd[0])}). Put the run's model back there, or start a new run."
+        )

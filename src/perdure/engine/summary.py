@@ -50,6 +50,7 @@ def summary(
         "remarks": {r["task"]: r["remarks"] for r in records if r.get("remarks")},
         "protocol": {"labels": protocol.labels, "task_id": protocol.task_id},
         "config": {**c["options"], **asdict(settings)},
+        "model": {"weights": c["weights"], **c.get("backbone", {})},
         "environment": c["environment"],
         "data": {"name": stream.name, "split": stream.digest, "notes": list(stream.notes)},
     }

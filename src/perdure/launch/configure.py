@@ -78,6 +78,7 @@ def configure(
     layer = {key: value for key, value in suits.items() if key in general or (own and key in known)}
     values = resolve({**known, **general}, layer, preset, given, complaints=complaints)
     check_tasks(values, data, given, warn)
+    check_parts(values)
     settings = Settings(**{key: values[key] for key in general}).settled(data)
     data = settings.select(data, seed)
     sources = {kind: s for kind, s in (("method", method_source), ("stream", stream_source)) if s}
@@ -112,6 +113,16 @@ def check_tasks(values: Mapping[str, Any], data: Stream, given: Mapping[str, Any
             warn(f"The preset's {key} names tasks that {data.name} lacks: {', '.join(lacking)}.")
 
 
+def check_parts(values: Mapping[str, Any]) -> None:
+    """Refuse to cut a batch into more parts than it has images."""
+    parts, batch = values["accumulate"], values.get("batch_size")
+    if batch is not None and parts > batch:
+        raise PerdureError(
+            f"accumulate={parts}: a batch of {batch} images (batch_size={batch}) cannot be cut into so many parts. Set "
+            f"accumulate={batch} or less."
+        )
+
+
 def prepare(
     method: str | type[Method], stream: str | Stream, seed: int, assignments: Given, preset: Mapping[str, Any],
     folder: Path | None = None, warn: Warn = to_stderr,
@@ -120,10 +131,10 @@ def prepare(
     with what lies in ``folder``."""
     with undisturbed():
         config, data = configure(method, stream, seed, assignments, preset, warn)
-        clip = load_clip(config, data)
+        clip = load_clip(config, data.model)
         data.check(clip)
         if clip.note:
             warn(clip.note)
-        fingerprint = clip.fingerprint()
+        found = {"weights": clip.fingerprint(), "backbone": clip.described(), "revision": clip.revision}
         build_entry(find_method(method)[0], config["options"]).bind(clip, data.context(seed, folder))
-    return {**config, "weights": fingerprint}
+    return {**config, **{key: value for key, value in found.items() if value}}

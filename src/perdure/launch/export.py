@@ -34,7 +34,7 @@ def export(folder: Path, out: Path, task: int | None = None) -> str:
         config, data, method = reopen(folder)
         done = finished(folder, data, task)
         check_target(out, done, data, method, task, config)
-        clip = load_clip(config, data)
+        clip = load_clip(config, data.model)
         reseed(config["seed"], "bind")
         method.bind(clip, data.context(config["seed"]))
         check_modules(method, config["method"])

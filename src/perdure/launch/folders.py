@@ -12,12 +12,11 @@ from typing import Any
 from perdure.core.config import options
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.state import only_one, read_json, write_json
-from perdure.engine.settings import Settings
+from perdure.engine.settings import ELSEWHERE, Settings
 from perdure.engine.summary import FORMAT
 from perdure.engine.watcher import Watcher
 
 NEEDED = {"method", "stream", "seed", "options", "settings", "split", "weights", "environment"}
-ELSEWHERE = ("device", "threads", "workers")  # where a run is computed is no part of what it is
 REPLACED, MOVING = ".replaced", ".moving"
 
 

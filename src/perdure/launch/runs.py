@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +114,24 @@ def reopen(
     config = read_config(folder)
     sources = config.get("source", {})
     os.environ.setdefault("PERDURE_DATA", config.get("data_root", "data"))
-    if not isinstance(method, type):
-        method = reopened("method", config["method"], sources.get("method", {}))
     if not isinstance(stream, Stream):
         stream = reopened("stream", config["stream"], sources.get("stream", {}))
-    entry = find_method(method)[0]
-    known = {key: option for key, (_, option) in method_options(entry).items()}
-    values = resolve(known, config["options"])  # an option that came later has its default
     data = Settings.recorded(config["settings"]).select(find_stream(stream)[0](), config["seed"])
     if data.digest != config["split"]:
         raise PerdureError(
             f"{folder} was run on another version of the stream {data.name} (its split differs). "
             "Its results stay as they are; start a new run."
         )
-    return config, data, build_entry(entry, values)
+    return config, data, built(config, method)
+
+
+def built(config: Mapping[str, Any], method: str | type[Method] | None = None) -> Method:
+    """The unbound method of a configuration; ``method``: what it was made of, where that was an object."""
+    if not isinstance(method, type):
+        method = reopened("method", config["method"], config.get("source", {}).get("method", {}))
+    entry = find_method(method)[0]
+    known = {key: option for key, (_, option) in method_options(entry).items()}
+    return build_entry(entry, resolve(known, config["options"]))  # an option that came later has its default
 
 
 def resume(

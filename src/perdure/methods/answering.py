@@ -63,23 +63,28 @@ class Answering(ABC):
         """(N, C): Σ gate × logits over the experts, concluded by the answer role."""
         return self.answer([query])[0]
 
-    @torch.no_grad()
-    def answer(self, queries: Sequence[Query], size: int = 256) -> list[Tensor]:
+    def answer(self, queries: Sequence[Query]) -> list[Tensor]:
         """``predict`` for many queries: an expert's weights are loaded once for all, and it sees only the images that
-        need it, ``size`` at a time. The model is left as it was found."""
+        need it, ``evaluation_batch`` at a time. The model is left as it was found."""
+        return [answer for answer, _ in self.answered(queries)]
+
+    @torch.no_grad()
+    def answered(self, queries: Sequence[Query]) -> list[tuple[Tensor, Sequence[Expert]]]:
+        """``answer``, and the experts that gave each answer with their gates."""
         with self.clip.preserved():
-            base = self.head_expert()
+            base, looked = self.head_expert(), ""
             if self.finalizes():
                 self.load_expert(base)
+                looked = self.clip.holds
                 queries = [replace(query, features=self.look(query.images)) for query in queries]
             plans = [self.experts(query) for query in queries]
             totals = [torch.zeros(len(q.images), len(q.classes), device=self.clip.device) for q in queries]
             for name in dict.fromkeys(expert.name for plan in plans for expert in plan):
                 for query, plan, total in zip(queries, plans, totals, strict=True):
                     for expert in (e for e in plan if e.name == name):
-                        known = query.features if name == base.name and expert.features is None else expert.features
-                        self.add(expert, replace(query, features=known), total, size)
-            return [self.finalize(query, total) for query, total in zip(queries, totals, strict=True)]
+                        self.add(expert, query, total, looked)
+            answers = [self.finalize(query, total) for query, total in zip(queries, totals, strict=True)]
+            return list(zip(answers, plans, strict=True))
 
     def load_expert(self, expert: Expert) -> None:
         """Put an expert's weights on; without weights, those that the model held before any other was loaded."""
@@ -88,13 +93,17 @@ class Answering(ABC):
         else:
             self.clip.load_weights(expert.name, expert.weights)
 
-    def add(self, expert: Expert, query: Query, total: Tensor, size: int) -> None:
-        """Add gate × logits of one expert to ``total`` (N, C), for the images that need it."""
+    def add(self, expert: Expert, query: Query, total: Tensor, looked: str) -> None:
+        """Add gate × logits of one expert to ``total`` (N, C), for the images that need it. ``looked``: the weights that the
+        query's features are by."""
         gate = torch.as_tensor(expert.gate, dtype=torch.float32).cpu().expand(len(total))
         rows = gate.nonzero().squeeze(1)
         if not len(rows):
             return
         self.load_expert(expert)
+        if expert.features is not None or self.clip.holds != looked:
+            query = replace(query, features=expert.features)
+        size = self.clip.evaluation_batch
         for some, part in zip(rows.split(size), query.parts(rows, size), strict=True):
             total[some] += gate[some].unsqueeze(1).to(total.device) * self.logits(part)
 

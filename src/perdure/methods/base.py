@@ -20,14 +20,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from perdure.core.errors import PerdureError
 from perdure.core.features import Features
-from perdure.core.packing import kinds, pack, unpack
+from perdure.core.packing import Packed, kinds, pack, unpack
 from perdure.core.registry import Registry, Row
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
 from perdure.methods.answering import Answering, Expert
 from perdure.models.clip import CLIP
-from perdure.ops.losses import classification
+from perdure.ops.losses import classification, pairwise
 from perdure.training.fit import Backward, Learner, Losses, Stepper, optimise
 from perdure.training.recipe import Recipe, Training
 from perdure.training.schedule import Schedule
@@ -77,6 +78,8 @@ class Method(Answering, Learner):
             learns = c.towers in ("both", clip.part_of(name)) and clip.part_of(name) != "scale"
             parameter.requires_grad_(parameter.requires_grad and learns)
         self.join(clip, context or Context())
+        if c.loss == "sigmoid":
+            clip.check_bias("loss=sigmoid")
 
     def join(self, clip: CLIP, context: Context) -> None:
         """Take a model that is ready to learn: all that a part of a composition does which does not learn."""
@@ -113,14 +116,15 @@ class Method(Answering, Learner):
         ).over(len(task.train))  # fmt: skip
 
     def step(self, batch: Batch, backward: Backward) -> None:
-        """One batch: cross entropy of s·I·Tᵀ over the task's classes."""
+        """One batch: the loss of the logits over the task's classes, cross entropy as a rule."""
         backward(task=self.task_loss(batch))
 
     def task_loss(self, batch: Batch) -> Tensor:
         """The classification loss of the task at hand."""
         texts = self.frozen_texts if self.frozen_texts is not None else self.clip.encode_tokens(self.tokens)
         logits = self.clip.similarity(self.clip.encode_image(batch.images), texts)
-        return classification(logits, batch.labels, self.config.label_smoothing, self.group)
+        loss = {"softmax": classification, "sigmoid": pairwise}[getattr(self.config, "loss", "softmax")]
+        return loss(logits, batch.labels, self.config.label_smoothing, self.group)
 
     # ---- what it brings
 
@@ -213,6 +217,14 @@ class Method(Answering, Learner):
     def answer_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """What the answer role knows beyond the weights, as ``pack_state`` has it: what an export must not leave out."""
         return self.pack_state() if self.finalizes() else ({}, {})
+
+    def forget(self, task: str, before: Packed, after: Packed) -> None:
+        """Unlearn a task, as if it had never been learned. ``before`` and ``after``: the state, as ``pack_state`` gave it when
+        the task was about to be learned and when it was. ``PerdureError`` where that cannot be done."""
+        raise PerdureError(
+            f"{type(self).__name__} cannot forget one task of several: what it learned is mixed in its weights. 'perdure undo' "
+            "goes back to before it."
+        )
 
     def pack_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """The state as (tensors by file, plain values): what a checkpoint keeps."""

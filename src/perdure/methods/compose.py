@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from perdure.core.features import Features
+from perdure.core.packing import Packed
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
 from perdure.methods.base import Expert, Method, Trainer
@@ -118,6 +119,11 @@ class Compose(Method):
     def answer_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         return self.answerer.answer_state()
 
+    def forget(self, task: str, before: Packed, after: Packed) -> None:
+        roles = {role: part for role, part in self.distinct().items() if part in (self.fuser, self.answerer)}
+        for role, part in roles.items():
+            part.forget(task, of_part(role, before), of_part(role, after))
+
     def distinct(self) -> dict[str, Method]:
         """The parts, each once, under the first role it plays."""
         found: dict[int, tuple[str, Method]] = {}
@@ -136,6 +142,12 @@ class Compose(Method):
 
     def unpack_state(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
         for role, part in self.distinct().items():
-            mark = f"{role}."
-            own = {name.removeprefix(mark): tensors for name, tensors in files.items() if name.startswith(mark)}
-            part.unpack_state(own, values.get(role, {}))
+            part.unpack_state(*of_part(role, (files, values)))
+
+
+def of_part(role: str, state: tuple[Mapping[str, Any], Mapping[str, Any]]) -> Packed:
+    """What of a packed state is one part's."""
+    files, values = state
+    mark = f"{role}."
+    own = {name.removeprefix(mark): tensors for name, tensors in files.items() if name.startswith(mark)}
+    return own, values.get(role, {})

@@ -22,7 +22,7 @@ rounded as weights are. Otherwise than in the release:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Literal
@@ -32,9 +32,10 @@ from pydantic import Field
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
+from perdure.core.packing import Packed
 from perdure.core.seeding import derive
 from perdure.core.weights import Lazy, Weights, check_alike
-from perdure.data.files import all_cropped
+from perdure.data.files import Pixels, all_cropped
 from perdure.data.task import Context, Query, Task
 from perdure.methods.base import METHODS, Expert, Method, Recipe, Row, State, register
 from perdure.models import lora
@@ -112,24 +113,44 @@ class ConDU(Method):
         if task.name in state.order:
             raise PerdureError(f"The task '{task.name}' is unified already: give each task a name of its own.")
         check_alike(self.origin, tuned)
-        known = [(state.trigger[name], r) for name, r in zip(state.order, state.rescaler, strict=True)]
-        unified: dict[str, Tensor] = {}
-        triggers: dict[str, dict[str, Tensor]] = {name: {} for name in (*state.order, task.name)}
-
-        def keep(name: str, delta: Tensor, masks: Tensor) -> None:
-            unified[name] = delta.to(self.clip.device)
-            for trigger, bits in zip(triggers.values(), masks, strict=True):
-                trigger[name] = bits.clone()
-
-        state.rescaler = fusion.unify(self.origin, tuned, state.unified, known, keep)
-        state.order, state.unified, state.trigger = list(triggers), unified, triggers
-        for name, trigger in triggers.items():
+        self.unify([*state.order, task.name], tuned, self.known(state.order))
+        for name, trigger in state.trigger.items():
             if not left(trigger):
                 self.context.warn(
                     f"Nothing is left of task {name}: it changed no weight, or the other tasks outvoted it everywhere. "
                     "The pre-trained model answers for it."
                 )
         state.prototypes[task.name] = self.prototypes(task)
+
+    def unify(self, names: Sequence[str], tuned: Weights, known: Sequence[tuple[Weights, float]]) -> None:
+        """Unify the expert ``tuned``, the last of ``names``, with those ``known`` by their triggers and rescalers."""
+        unified: dict[str, Tensor] = {}
+        triggers: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+
+        def keep(name: str, delta: Tensor, masks: Tensor) -> None:
+            unified[name] = delta.to(self.clip.device)
+            for trigger, bits in zip(triggers.values(), masks, strict=True):
+                trigger[name] = bits.clone()
+
+        state = self.state
+        state.rescaler = fusion.unify(self.origin, tuned, state.unified, known, keep)
+        state.order, state.unified, state.trigger = list(triggers), unified, triggers
+
+    def known(self, names: Sequence[str]) -> list[tuple[Weights, float]]:
+        """What tasks are decoupled by."""
+        s = self.state
+        return [(s.trigger[name], s.rescaler[s.order.index(name)]) for name in names]
+
+    def forget(self, task: str, before: Packed, after: Packed) -> None:
+        """Unify the experts that are left, as they are decoupled now, without the task's."""
+        s = self.state
+        names = [name for name in s.order if name != task]
+        prototypes = {name: s.prototypes[name] for name in names}
+        if names:
+            self.unify(names, self.expert(s.order.index(names[-1])), self.known(names[:-1]))
+        else:
+            self.state = Unified()
+        self.state.prototypes = prototypes
 
     def tuned(self) -> Weights:
         """θᵗ: the weights as training left them."""
@@ -139,15 +160,17 @@ class ConDU(Method):
 
     def decoupled(self, number: int) -> Weights:
         """The expert of the task learned as number 0, 1, …: plain weights, made tensor by tensor as they are asked for."""
-        s, name = self.state, self.state.order[number]
-        if not left(s.trigger[name]):
-            return self.clip.pretrained
-        tensor = partial(
-            fusion.expert, self.origin, unified=s.unified, bits=s.trigger[name], rescaler=s.rescaler[number]
-        )
-        weights = Lazy(self.origin, tensor)
         pretrained = self.clip.pretrained
+        if not left(self.state.trigger[self.state.order[number]]):
+            return pretrained
+        weights = self.expert(number)
         return lora.multiplied(self.clip.backbone, pretrained, weights) if self.unifies_factors else weights
+
+    def expert(self, number: int) -> Weights:
+        """What was unified, decoupled: weights, or factors."""
+        s = self.state
+        bits, rescaler = s.trigger[s.order[number]], s.rescaler[number]
+        return Lazy(self.origin, partial(fusion.expert, self.origin, unified=s.unified, bits=bits, rescaler=rescaler))
 
     # ---- prototypes
 
@@ -156,11 +179,11 @@ class ConDU(Method):
         """(C, D): each class's place between its training images and its prompts, in θ⁰'s feature space."""
         clip = self.clip
         clip.load_weights("pretrained", clip.pretrained)
-        parts = task.train.pixels.split(256)
+        parts: Iterable[Pixels] = [task.train.pixels]
         if self.config.prototype_images == "augmented":
             draw = torch.Generator().manual_seed(derive(self.context.seed, task.name, "crops of the prototypes"))
             parts = all_cropped(task.train.pixels, clip.size, draw)
-        features = torch.cat([clip.encode_image(x) for x in parts])
+        features = torch.cat([clip.embeddings(x) for x in parts])
         means, sizes = class_means(features, task.train.labels.to(clip.device), len(task.classes))
         if empty := [c.name for c, size in zip(task.classes, sizes.tolist(), strict=True) if not size]:
             self.context.warn(f"{task.name}: no training image of {', '.join(empty)}; the prototype is its text alone.")

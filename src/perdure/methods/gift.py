@@ -92,7 +92,7 @@ class GIFT(Method):
                 "Set consolidation=l2 or none, or turn one of them on."
             )
         if self.replays:
-            self.replay = Replay(c, self.context, clip.size, clip.device.type, clip.tokens)
+            self.replay = Replay(c, self.context, clip.size, clip.device.type, clip.tokens, clip.fit)
 
     @property
     def replays(self) -> bool:
@@ -127,8 +127,9 @@ class GIFT(Method):
             share = self.config.teacher_mix if self.config.teacher == "mix" else 0.0
             teacher = copy.deepcopy(self.clip)
             teacher.load_weights("teacher", interpolate(self.clip.pretrained, self.clip.weights(), share))
-        self.teacher_images = torch.cat([teacher.encode_image(x) for x in self.pairs.images.split(64)])
-        rows = [teacher.encode_text(self.prompts[i : i + 256]) for i in range(0, len(self.prompts), 256)]
+        size = teacher.evaluation_batch
+        self.teacher_images = torch.cat([teacher.encode_image(x) for x in self.pairs.images.split(min(64, size))])
+        rows = [teacher.encode_text(self.prompts[i : i + size]) for i in range(0, len(self.prompts), size)]
         self.teacher_texts = torch.cat(rows)
 
     def schedule(self, task: Task) -> Schedule:

@@ -157,11 +157,11 @@ class MGCLIP(Method):
 
     @torch.no_grad()
     def means(self, pixels: Pixels, labels: Tensor, classes: tuple[Class, ...]) -> tuple[float, float]:
-        """The mean logits of right and wrong classes, each asked with its training prompt."""
+        """The mean logits (without a bias: a change is relative to them) of right and wrong classes, by training prompts."""
         texts = self.clip.encode_text([c.prompts()[0] for c in classes])
         images = self.clip.embeddings(pixels)
         size = self.config.batch_size if self.config.gap_mean == "batches" else None
-        return logit_means(self.clip.similarity(images, texts), labels.to(images.device), size)
+        return logit_means(self.clip.scaled(images, texts), labels.to(images.device), size)
 
     def schedule(self, task: Task) -> Schedule:
         c = self.config

@@ -36,11 +36,12 @@ from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.data.files import Files, Pixels
 from perdure.data.folders import pictures
-from perdure.data.task import Context, Query, Task
+from perdure.data.task import Batch, Context, Query, Task
 from perdure.methods.base import Expert, Method, State, Training, register
 from perdure.models.clip import CLIP
 from perdure.models.experts import attach
 from perdure.synthesis.replay import Replay, Synthesis
+from perdure.training.fit import Backward
 from perdure.training.schedule import Schedule
 from perdure.training.selecting import Selection, Selector
 
@@ -93,6 +94,11 @@ class MoEAdapters(Method):
         c = self.config
         if c.top_k > c.experts:
             raise PerdureError(f"top_k={c.top_k}: a block has {c.experts} experts. Set top_k={c.experts} or less.")
+        if clip.kind != "clip":
+            raise PerdureError(
+                f"moe_adapters routes by a class token and by the first token of a text that is read forwards; the {clip.kind} "
+                f"at {clip.path} has neither. Use it with a CLIP."
+            )
         clip.backbone.requires_grad_(False)
         self.join(clip, context or Context())
         shape = c.towers, c.experts, c.top_k, c.bottleneck, c.dropout
@@ -156,6 +162,19 @@ class MoEAdapters(Method):
     def schedule(self, task: Task) -> Schedule:
         plan = replace(super().schedule(task), stride=1)
         return replace(plan, steps=plan.steps + 1, horizon=plan.steps) if plan.steps else plan
+
+    def step(self, batch: Batch, backward: Backward) -> None:
+        """One batch: cross entropy of s·I·Tᵀ. Experts are counted on the way forward: on the way back, towers that keep less
+        in memory go through their blocks once more."""
+        self.count(True)
+        loss = self.task_loss(batch)
+        self.count(False)
+        backward(task=loss)
+
+    def count(self, on: bool) -> None:
+        """Count which experts are taken, or not."""
+        for mixture in self.mixtures.values():
+            mixture.counting = on
 
     def finish(self, task: Task) -> None:
         state = self.state

@@ -24,7 +24,6 @@ learned in all tasks but for that one image, and the likelihood of the mixture, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,39 +33,20 @@ from torch import Tensor, nn
 from perdure.core.errors import PerdureError
 from perdure.core.features import Features
 from perdure.core.memory import check_square
+from perdure.core.packing import Packed, unpack
 from perdure.core.seeding import derive
 from perdure.data.copies import copies
 from perdure.data.files import Pixels, all_cropped
 from perdure.data.task import Class, Context, Query, Task
-from perdure.methods.base import Method, State, register
+from perdure.methods.base import Method, register
 from perdure.models.clip import CLIP
-from perdure.models.heads import Row, known, mix, places
+from perdure.models.heads import known, mix, places
 from perdure.models.lift import RandomLayer
 from perdure.ops import ridge
-from perdure.training.closed_form import OPEN, ClosedForm, ClosedFormRecipe
+from perdure.training.closed_form import OPEN, ClosedForm, ClosedFormRecipe, Sums
 from perdure.training.schedule import Schedule
 
 STEADY = 0.02  # a mean move of features that is not worth a warning
-
-
-@dataclass
-class Sums(State):
-    """The running sums and what was chosen, as ``ClosedForm`` keeps them, and what they are of. ``moved``: by task, how far the
-    features of its images moved while it was learned."""
-
-    classes: list[Row] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    tasks: list[str] = field(default_factory=list)
-    sums: dict[str, Tensor] = field(default_factory=dict)  # gram, packed; cross (M, C)
-    layer: str = ""  # sha256 of W
-    scale: float = 0.0  # mean ‖φ‖² of the first task's images
-    images: int = 0
-    evidence: ridge.Evidence = field(default_factory=list)
-    evidence_of_all: ridge.Evidence = field(default_factory=list)
-    lam: float = 0.0
-    temperature: float = 1.0
-    weight: float = 1.0
-    moved: dict[str, float] = field(default_factory=dict)
 
 
 @register("ridge", paper="arXiv:2406.18868")
@@ -172,6 +152,15 @@ class Ridge(Method):
         counts = torch.bincount(rows[task.train.labels], minlength=len(self.state.classes))
         counts[: len(self.state.counts)] += torch.tensor(self.state.counts, dtype=torch.int64)
         self.state.counts = counts.tolist()
+
+    def forget(self, task: str, before: Packed, after: Packed) -> None:
+        old, then = unpack(Sums, *before), unpack(Sums, *after)
+        place = places(self.state.classes)
+        self.head.forget(old, then, [place[row] for row in then.classes])
+        self.state.tasks = [name for name in self.state.tasks if name != task]
+        self.state.moved.pop(task, None)
+        if self.config.choose == "loo":
+            self.head.settle(self.config)
 
     # ---- choosing
 

@@ -1,1 +1,1 @@
-"""Floor 1: CLIP over transformers, LoRA over peft."""
+"""Floor 1: CLIP and its kin over transformers, LoRA over peft."""

@@ -1,88 +1,58 @@
-"""CLIP's two towers over ``transformers.CLIPModel``."""
+"""CLIP over ``transformers.CLIPModel``; and from where to where it and its kin (``siglip.py``) are read and written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from perdure.core.errors import PerdureError
-from perdure.core.features import Features
-from perdure.core.pixels import as_floats
-from perdure.models import loading
-from perdure.models.held import Held
-from perdure.models.towers import Part
-
-PARTS: dict[str, Part] = {"vision_model": "image", "visual_projection": "image", "logit_scale": "scale"}
+from perdure.models import hub, loading
+from perdure.models.loading import Preprocessing
+from perdure.models.two_towers import TwoTowers
 
 
-class CLIP(Held):
-    """A CLIP model with its tokenizer and preprocessing.
+class CLIP(TwoTowers):
+    """CLIP, and the name for all of its kin: what a method is given."""
 
-    Weights are fp32 (the master copy); the caller's autocast decides how the towers compute. The final projections and
-    everything after them stay in fp32: bf16 hides small differences between similarities.
-    """
-
-    tokenizer: Any
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, backbone: nn.Module, tokenizer: Any, mean: Sequence[float], std: Sequence[float], path: str):
-        super().__init__(backbone)
-        self.tokenizer = tokenizer
-        self.path = path
-        self.size: int = self.backbone.config.vision_config.image_size
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.revision = ""  # of a Hub id: the commit it was loaded from
-        self.note = ""  # what someone should know of how it was loaded
-        self._texts: dict[tuple[tuple[str, ...], ...], Tensor] = {}
+    kind = "clip"
+    usual = Preprocessing()
+    class_token = 1
 
     @classmethod
     def load(cls, path: str, device: str = "cpu") -> CLIP:
-        """From a folder or Hub id that ``CLIPModel.from_pretrained`` loads. Raises ``PerdureError`` if it does not."""
-        place = loading.locate(path)
+        """From a folder or Hub id that transformers' ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model`` load: by what its
+        config.json says, a CLIP or one of its kin. Raises ``PerdureError`` if it is neither."""
+        from perdure.models.siglip import SigLIP, SigLIP2
+
+        place = hub.locate(path)
+        kind = {"clip": CLIP, "siglip": SigLIP, "siglip2": SigLIP2}[place.kind]
         with loading.quiet():
             backbone = loading.backbone(place)
             tokenizer = loading.tokenizer(place)
-        mean, std, note = loading.preprocessing(place)
-        backbone.set_attn_implementation(attention(backbone.config.vision_config, device))
-        clip = cls(backbone.eval(), tokenizer, mean, std, path)
-        clip.revision, clip.note = place.revision or "", note
+        found, note = loading.preprocessing(place, kind.usual, kind.sides(backbone.config.vision_config)[0])
+        clip = kind(backbone.eval(), tokenizer, found.mean, found.std, path, found.fit)
+        clip.check_loaded()
+        backbone.set_attn_implementation(attention(clip.patches, device))
+        clip.revision, clip.note = place.revision, " ".join(filter(None, (note, kind.remark)))
         return clip.to(device)
 
     # ---- encoding
 
-    @property
-    def device(self) -> torch.device:
-        return self.mean.device
-
-    @property
-    def scale(self) -> Tensor:
-        """The factor between cosine similarities and logits, exp(logit_scale)."""
-        return self.backbone.logit_scale.exp()
+    @classmethod
+    def sides(cls, vision: Any) -> tuple[int, int]:
+        """By the image tower's configuration: the side of its images in pixels, and in patches."""
+        return vision.image_size, vision.image_size // vision.patch_size
 
     @property
     def bias(self) -> Tensor | None:
         """What is added to logits: nothing, in CLIP."""
         return None
-
-    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
-        """s·I·Tᵀ in fp32, of unit embeddings (B, D) and (C, D)."""
-        with torch.autocast(images.device.type, enabled=False):
-            return self.scale * images @ texts.T
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8, or float in 0 … 1 → the vision tower's input, resized and normalised."""
-        x = as_floats(images.to(self.device))
-        if x.shape[-2:] != (self.size, self.size):
-            x = resized(x, self.size)
-        return (x - self.mean) / self.std
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (N, L), cut after the longest end token: CLIP's text tower is causal, later tokens change nothing."""
@@ -93,89 +63,30 @@ class CLIP(Held):
                 f"The tokenizer of {self.path} puts no end token after '{prompts[int((~ends.any(1)).int().argmax())]}', and "
                 "CLIP's text is read there. Use the tokenizer that belongs to the model."
             )
-        lengths, context = ends.int().argmax(1) + 1, self.backbone.config.text_config.max_position_embeddings
-        if int(lengths.max()) > context:
-            raise PerdureError(
-                f"The prompt '{prompts[int(lengths.argmax())]}' is {int(lengths.max())} tokens long; the text tower of "
-                f"{self.path} reads {context}. Shorten the class's name or its template."
-            )
+        lengths = ends.int().argmax(1) + 1
+        self.check_lengths(prompts, lengths)
         return ids[:, : int(lengths.max())].to(self.device)
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Unit image embeddings (B, D) in fp32, of images as ``pixels`` takes them."""
-        return self.project(self.backbone.vision_model(pixel_values=self.pixels(images)).pooler_output)
+    def seen(self, images: Tensor, hidden: bool = False) -> Any:
+        """What transformers' image tower gives of images as ``pixels`` takes them; ``hidden``: of every block too."""
+        return self.backbone.vision_model(pixel_values=self.pixels(images), output_hidden_states=hidden)
+
+    def pooled(self, seen: Any) -> Tensor:
+        """(B, H): what stands for the whole images."""
+        return seen.pooler_output
 
     def project(self, pooled: Tensor) -> Tensor:
         """What the image tower pools (B, H) → unit embeddings (B, D), in fp32."""
         with torch.autocast(pooled.device.type, enabled=False):
             return F.normalize(self.backbone.visual_projection(pooled.float()), dim=-1)
 
-    def features(self, pixels: Any, block: int = 0, grid: int = 1, size: int = 256) -> Features:
-        """Many images (N, 3, H, W), in memory or in files, ``size`` at a time, without gradients. ``block``: of which block,
-        counted from the last one as 1, the patches are wanted, as means over ``grid`` × ``grid`` fields; 0: of none. Kept while
-        ``remembering``. ``PerdureError`` where there is no such block or grid."""
-        side = self.checked_side(block, grid)
-
-        def seen(images: Tensor) -> Features:
-            out = self.backbone.vision_model(pixel_values=self.pixels(images), output_hidden_states=block > 0)
-            pooled = out.pooler_output.float()
-            if not block:
-                return Features(self.project(pooled), pooled, pooled[:, :0])
-            fields = out.hidden_states[-block][:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-            return Features(self.project(pooled), pooled, F.adaptive_avg_pool2d(fields, grid).flatten(1))
-
-        def all_seen() -> Features:
-            return Features.cat([seen(images) for images in pixels.split(size)])
-
-        with torch.no_grad():
-            return self.recall(("images", id(pixels), block, grid), pixels, all_seen)
-
-    def checked_side(self, block: int, grid: int) -> int:
-        """Patches a side; refused where the image tower has no such block, or fewer patches than the grid has fields."""
-        vision = self.backbone.config.vision_config
-        side: int = vision.image_size // vision.patch_size
-        if block > vision.num_hidden_layers or grid > side:
-            raise PerdureError(
-                f"block={block}, grid={grid}: the image tower of {self.path} has {vision.num_hidden_layers} blocks and "
-                f"{side} × {side} patches."
-            )
-        return side
-
-    def embeddings(self, pixels: Any) -> Tensor:
-        """``encode_image`` of many images, as ``features`` has it."""
-        return self.features(pixels).embedded
-
-    def encode_tokens(self, ids: Tensor) -> Tensor:
+    def read(self, ids: Tensor) -> Tensor:
         """Unit text embeddings (N, D) in fp32, of token ids (N, L)."""
         hidden = self.backbone.text_model(input_ids=ids).pooler_output
         with torch.autocast(hidden.device.type, enabled=False):
             return F.normalize(self.backbone.text_projection(hidden.float()), dim=-1)
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Unit text embeddings (N, D) in fp32."""
-        return self.encode_tokens(self.tokens(prompts))
-
-    @torch.no_grad()
-    def class_texts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
-        """(C, D): for each class the mean of its prompts' unit embeddings, made unit again.
-
-        Kept while the weights stay, and longer while ``remembering``; not to be used while they are being trained.
-        """
-        key = tuple(map(tuple, prompts))
-
-        def encoded() -> Tensor:
-            flat = torch.cat([self.encode_text(part) for part in chunks([p for ps in prompts for p in ps], 512)])
-            means = torch.stack([e.mean(0) for e in flat.split([len(ps) for ps in prompts])])
-            return F.normalize(means, dim=-1)
-
-        if key not in self._texts:
-            self._texts[key] = self.recall(("texts", key), None, encoded)
-        return self._texts[key]
-
-    def part_of(self, name: str) -> Part:
-        """What the parameter ``name`` of the backbone belongs to; see ``Towers``."""
-        first = name.split(".")[0]
-        return PARTS.get(first, "text")
+    # ---- in files
 
     @cached_property
     def pretrained(self) -> dict[str, Tensor]:
@@ -189,6 +100,20 @@ class CLIP(Held):
             )
         return found.weights()
 
+    def described(self) -> dict[str, Any]:
+        """What makes it this model beside its weights, as a run records it."""
+        config, own = self.backbone.config, self.preprocessing
+        return {
+            "kind": self.kind,
+            "activation": {"image": config.vision_config.hidden_act, "text": config.text_config.hidden_act},
+            "preprocessing": {"side": self.size, "mean": list(own.mean), "std": list(own.std), **vars(own.fit)},
+        }
+
+    def check_loaded(self) -> None:
+        """Refuse a checkpoint whose texts could not be read where this architecture reads them."""
+        if self.tokenizer.eos_token_id is None:
+            raise PerdureError(f"The tokenizer of '{self.path}' has no end token, and CLIP's text is read there.")
+
     def check_saveable(self) -> None:
         """Refuse what ``save`` could not write, before anything is written."""
         if not hasattr(self.tokenizer, "save_pretrained"):
@@ -196,42 +121,30 @@ class CLIP(Held):
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint that plain transformers loads: adapters merged, tokenizer and preprocessing beside."""
-        from transformers import CLIPImageProcessor, CLIPModel
+        import transformers
 
         self.check_saveable()
-        plain = CLIPModel(self.backbone.config)
+        plain = getattr(transformers, hub.KINDS[self.kind])(self.backbone.config)
         plain.load_state_dict(self.weights(), strict=False)
-        mean, std = (x.flatten().tolist() for x in (self.mean, self.std))
-        crop = {"height": self.size, "width": self.size}
-        processor = CLIPImageProcessor(
-            size={"shortest_edge": self.size}, crop_size=crop, image_mean=mean, image_std=std, do_convert_rgb=True
-        )
+        mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
+        processor = getattr(transformers, hub.KINDS[self.kind].replace("Model", "ImageProcessor"))(
+            **self.sized(), image_mean=mean, image_std=std, do_convert_rgb=True,
+            resample=loading.NUMBER[self.fit.resample],
+        )  # fmt: skip
         with loading.quiet():
             plain.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    def changed(self, name: str) -> None:
-        """Its weights are others now: forget what was computed with the old ones."""
-        super().changed(name)
-        self._texts.clear()
+    def sized(self) -> dict[str, Any]:
+        """``fit`` in the words of transformers' image processors."""
+        square = {"height": self.size, "width": self.size}
+        if not self.fit.crop:
+            return {"size": square, "do_center_crop": False}
+        return {"size": {"shortest_edge": self.fit.edge or self.size}, "crop_size": square, "do_center_crop": True}
 
 
-def attention(vision: Any, device: str) -> str:
-    """Plain products for a processor and few patches, where torch's fused attention is slower (bf16, backwards: by half)."""
-    patches = (vision.image_size // vision.patch_size) ** 2
-    return "eager" if device == "cpu" and patches <= 64 else "sdpa"
-
-
-def resized(images: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) in 0 … 1 → (B, 3, size, size): the shorter side to ``size``, bicubic, then the centre."""
-    height, width = images.shape[-2:]
-    factor = size / min(height, width)
-    tall, wide = max(size, round(height * factor)), max(size, round(width * factor))
-    x = F.interpolate(images, (tall, wide), mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = (tall - size) // 2, (wide - size) // 2
-    return x[..., top : top + size, left : left + size]
-
-
-def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
+def attention(patches: int, device: str) -> str:
+    """Plain products for a processor and few patches a side, where torch's fused attention is slower (bf16, backwards: by
+    half)."""
+    return "eager" if device == "cpu" and patches <= 8 else "sdpa"

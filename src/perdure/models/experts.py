@@ -38,8 +38,8 @@ class Expert(nn.Module):
 class Mixture(nn.Module):
     """One block's experts and routers. ``route()``: which router acts now; None: the block is as it was before.
 
-    ``learning``: routing is noisy, hidden units drop out, and it is counted how often each expert is taken. ``noisy``: routing
-    is noisy at other times too. ``alike``: all inputs have the same a₀, as texts do.
+    ``learning``: routing is noisy, and hidden units drop out. ``counting``: it is counted how often each expert is taken.
+    ``noisy``: routing is noisy at other times too. ``alike``: all inputs have the same a₀, as texts do.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleList(Expert(width, bottleneck) for _ in range(experts))
         self.routers, self.noises = nn.ParameterList(), nn.ParameterList()
         self.width, self.top, self.dropout, self.route, self.alike = width, top, dropout, route, alike
-        self.learning = self.noisy = False
+        self.learning = self.counting = self.noisy = False
         self.counts = [0] * experts
         self.given: Tensor | None = None
 
@@ -97,7 +97,7 @@ class Mixture(nn.Module):
             return torch.stack([gate * self.experts[e](a, dropout) for gate, e in chosen]).sum(0)
         gates, experts = self.gates(a[:, 0], router)
         loads = torch.bincount(experts.flatten(), minlength=len(self.experts)).tolist()
-        if self.learning:
+        if self.counting:
             self.counts = [old + new for old, new in zip(self.counts, loads, strict=True)]
         order = experts.flatten().argsort(stable=True)
         out = torch.zeros_like(a)

@@ -64,7 +64,9 @@ def heard(layers: Mapping[str, nn.Module], hear: Callable[[str, Tensor], None]) 
 
 
 def up_to_end(clip: CLIP, tokens: Tensor) -> Tensor:
-    """Which positions of token ids (C, L) a text has, its end token included: what follows reaches nothing."""
+    """Which positions of token ids (C, L) reach a text's embedding: to its end token; where a tower looks both ways, all."""
+    if clip.kind != "clip":
+        return torch.ones_like(tokens, dtype=torch.bool)
     ends = (tokens == clip.tokenizer.eos_token_id).int().argmax(1, keepdim=True)
     return torch.arange(tokens.shape[1], device=tokens.device) <= ends
 

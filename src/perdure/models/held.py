@@ -49,7 +49,7 @@ class Held(nn.Module):
         self.asked_to_remember = False
 
     def plain(self) -> dict[str, Tensor]:
-        """Its own tensors, those it was born with, under their names in a plain ``CLIPModel``, wherever they stand now."""
+        """Its own tensors, those it was born with, under their names in a plain checkpoint, wherever they stand now."""
         return {**self.born, **{n: t for n, t in lora.plain(self.backbone).items() if n in self.buffers_born}}
 
     def added(self) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ class Held(nn.Module):
         return [name for name, module in modules.items() if id(module) in parts]
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of all weights under the names of a plain ``CLIPModel``, adapters merged in."""
+        """A copy of all weights under the names of a plain checkpoint, adapters merged in."""
         return lora.merged(self.backbone, self.plain())
 
     @cached_property

@@ -1,14 +1,12 @@
-"""Checkpoints found and read: one clear sentence where a name, a folder or what is in it will not do."""
+"""Checkpoints read: one clear sentence where what lies in a folder will not do."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,104 +14,41 @@ from safetensors import SafetensorError
 from torch import nn
 
 from perdure.core.errors import PerdureError
-from perdure.core.paths import expanded
+from perdure.core.pixels import CENTRE, Fit, Resample
+from perdure.models.hub import KINDS, TOKENIZERS, Place, refused
 
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-WANTED = "Give a folder or a Hub id that transformers' CLIPModel.from_pretrained loads."
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)  # what transformers raises
+RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which processors are written with
+NUMBER = {name: number for number, name in RESAMPLE.items()}
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a checkpoint lies: a folder, or a Hub id at a commit."""
+class Preprocessing:
+    """How pictures become a vision tower's input: made a square (``fit``), then (x - mean) / std, a channel, of x in 0 … 1."""
 
-    path: str
-    revision: str | None = None
-
-
-def locate(path: str) -> Place:
-    """Find a checkpoint by its configuration file alone; the network is asked only for names like ``owner/name``."""
-    folder = expanded(path)
-    if path and folder.is_dir():
-        check_kind(path, folder / "config.json")
-        return Place(str(folder))
-    if not HUB_ID.fullmatch(path):
-        raise PerdureError(f"No CLIP model could be loaded from '{path}': there is no such folder. {WANTED}")
-    found = cached(path, "config.json") or fetched(path)
-    check_kind(path, found)
-    return Place(path, found.parent.name)
+    mean: Sequence[float] = OPENAI_MEAN
+    std: Sequence[float] = OPENAI_STD
+    fit: Fit = CENTRE
 
 
-def cached(name: str, file: str) -> Path | None:
-    """A file of a Hub id that lies in the cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, file)
-    return Path(found) if isinstance(found, str) else None
-
-
-def fetched(name: str) -> Path:
-    """The configuration of a Hub id, from the network, asked once."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    if HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise PerdureError(
-            f"No CLIP model could be loaded from '{name}': it is no folder, it is not in the cache, and HF_HUB_OFFLINE "
-            f"forbids to ask the Hub. {WANTED}"
-        )
-    failures: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *unreachable())
-    try:
-        get_hf_file_metadata(
-            hf_hub_url(name, "config.json"), timeout=3
-        )  # a download would try a dead line again and again
-        return Path(hf_hub_download(name, "config.json", etag_timeout=3))
-    except failures as error:
-        reason = type(error).__name__
-        raise PerdureError(
-            f"No CLIP model could be loaded from '{name}': it is no folder, it is not in the cache, and the Hub did not give "
-            f"it ({reason}). Check the name and the connection. {WANTED}"
-        ) from error
-
-
-def unreachable() -> tuple[type[Exception], ...]:
-    """What the Hub's client raises where there is no connection: another library's error in each of its versions."""
-    import importlib
-
-    kinds = []
-    for name in ("httpx", "httpx2", "requests"):
-        with contextlib.suppress(ImportError):
-            module = importlib.import_module(name)
-            kinds.append(module.RequestException if name == "requests" else module.HTTPError)
-    return tuple(kinds)
-
-
-def check_kind(path: str, config: Path) -> None:
-    """Refuse what its configuration says is no CLIP."""
-    try:
-        about = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = "it has no config.json" if isinstance(error, OSError) else f"its config.json is damaged ({error})"
-        raise PerdureError(f"No CLIP model could be loaded from '{path}': {reason}. {WANTED}") from None
-    kind = about.get("model_type") if isinstance(about, dict) else None
-    if kind != "clip":
-        raise PerdureError(
-            f"No CLIP model could be loaded from '{path}': its config.json says it is a '{kind}' model, and a 'clip' is read "
-            f"here. {WANTED}"
-        )
+# ---- the model
 
 
 def backbone(place: Place) -> Any:
-    """The ``CLIPModel`` in fp32, whole and finite."""
-    from transformers import CLIPModel
+    """The model in fp32, whole and finite."""
+    import transformers
 
     try:
-        found, about = CLIPModel.from_pretrained(
-            place.path, revision=place.revision, dtype=torch.float32, weights_only=True, output_loading_info=True
-        )  # safetensors where there are any; of older files tensors alone are read, no code is run
+        found, about = getattr(transformers, KINDS[place.kind]).from_pretrained(
+            place.folder, dtype=torch.float32, weights_only=True, local_files_only=True, output_loading_info=True
+        )  # safetensors where there are any; of older files (pickles) tensors alone are read, no code is run
+    except (UnpicklingError, EOFError) as error:
+        raise refused(
+            place.path, "its pytorch_model.bin is damaged, or holds more than tensors, which is not read"
+        ) from error
     except UNREADABLE as error:
-        raise unloadable(place, error) from error
+        raise refused(place.path, str(error).strip().split("\n")[0]) from error
     if about["missing_keys"]:
         raise PerdureError(
             f"'{place.path}' is no CLIP model: it lacks {sorted(about['missing_keys'])[0]} and perhaps others."
@@ -132,22 +67,23 @@ def check_finite(model: nn.Module, place: Place) -> None:
             )
 
 
+# ---- the tokenizer
+
+
 def tokenizer(place: Place) -> Any:
     """The tokenizer beside the model."""
     from transformers import AutoTokenizer
 
+    if not any((place.folder / name).exists() for name in TOKENIZERS):  # else an empty one may be made up
+        raise no_tokenizer(place, "there are no files of one")
     try:
-        known = any(
-            beside(place, name) for name in ("tokenizer.json", "vocab.json")
-        )  # else an empty one may be made up
-        found = AutoTokenizer.from_pretrained(place.path, revision=place.revision) if known else None
+        return AutoTokenizer.from_pretrained(place.folder, local_files_only=True)
+    except ImportError as error:
+        raise PerdureError(
+            f"The tokenizer of '{place.path}' needs packages that are not installed: pip install sentencepiece protobuf."
+        ) from error
     except UNREADABLE as error:
         raise no_tokenizer(place, str(error).strip().split("\n")[0]) from error
-    if found is None:
-        raise no_tokenizer(place, "there are no files of one")
-    if found.eos_token_id is None:
-        raise PerdureError(f"The tokenizer of '{place.path}' has no end token, and CLIP's text is read there.")
-    return found
 
 
 def no_tokenizer(place: Place, reason: str) -> PerdureError:
@@ -157,54 +93,72 @@ def no_tokenizer(place: Place, reason: str) -> PerdureError:
     )
 
 
-def unloadable(place: Place, error: Exception) -> PerdureError:
-    """One sentence for whatever transformers says."""
-    reason = str(error).strip().split("\n")[0]
-    return PerdureError(f"No CLIP model could be loaded from '{place.path}': {reason} {WANTED}")
+# ---- the preprocessing
 
 
-def preprocessing(place: Place) -> tuple[Sequence[float], Sequence[float], str]:
-    """Mean and standard deviation of the pixels, from the model's preprocessor file; CLIP's own where it has none, and then
-    a note that says so.
+def preprocessing(place: Place, usual: Preprocessing, side: int) -> tuple[Preprocessing, str]:
+    """How pictures are prepared for a tower that sees ``side`` pixels a side, from the model's preprocessor file; what is
+    ``usual`` for its kind where it has none, and then a note that says so.
 
     transformers 5 writes those of a processor into ``processor_config.json``, under ``image_processor``.
     """
-    about: dict[str, Any] = {}
-    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", "")):
-        content = said_of(place, name)
-        about |= content.get(part) or {} if part else content
+    about = {
+        **(said_in(place, "processor_config.json").get("image_processor") or {}),
+        **said_in(place, "preprocessor_config.json"),
+    }
     found = about.get("image_mean"), about.get("image_std")
     if found == (None, None):
-        note = f"The CLIP at '{place.path}' does not say how its images are prepared; OpenAI's mean and deviation are taken."
-        return OPENAI_MEAN, OPENAI_STD, note
+        whose = "OpenAI's" if usual.mean == OPENAI_MEAN else "SigLIP's"
+        note = f"The CLIP at '{place.path}' does not say how its images are prepared; {whose} mean and deviation are taken."
+        return Preprocessing(usual.mean, usual.std, fit_of(place, about, usual.fit, side)), note
     for values in found:
         if not isinstance(values, list) or len(values) != 3 or not all(isinstance(x, float | int) for x in values):
             raise PerdureError(
                 f"The preprocessing of '{place.path}' is damaged: image_mean and image_std must be three numbers each, not "
                 f"{found[0]} and {found[1]}."
             )
-    return *found, ""  # type: ignore[return-value]
+    mean, std = found if about.get("do_normalize", True) else ((0.0,) * 3, (1.0,) * 3)
+    return Preprocessing(tuple(mean), tuple(std), fit_of(place, about, usual.fit, side)), ""  # type: ignore[arg-type]
 
 
-def said_of(place: Place, name: str) -> dict[str, Any]:
+def fit_of(place: Place, about: dict[str, Any], usual: Fit, side: int) -> Fit:
+    """How its processor makes a square of a picture. Refused where it does otherwise than ``Fit`` can say, or makes a square
+    of another size than the tower sees."""
+    number, size = about.get("resample"), about.get("size")
+    resample = usual.resample if number is None else RESAMPLE.get(number)
+    size = {"shortest_edge": size} if isinstance(size, int) else size or {}
+    edge, cut = size.get("shortest_edge", None if size or not usual.crop else side), about.get("crop_size")
+    cut = cut.get("height") if isinstance(cut, dict) else cut
+    cuts = usual.crop if about.get("do_center_crop") is None else bool(about["do_center_crop"])
+    odd = [
+        ("resample", number, resample is None),
+        ("size", size, bool(size) and edge is None and not size.get("height") == size.get("width") == side),
+        ("do_center_crop", cuts, edge is not None and not cuts),
+        ("crop_size", cut, cuts and cut not in (None, side)),
+        ("size", size, edge is not None and edge < side),
+        ("do_resize", False, about.get("do_resize") is False),
+        ("do_rescale", False, about.get("do_rescale") is False),
+        ("rescale_factor", about.get("rescale_factor"), abs((about.get("rescale_factor") or 1 / 255) * 255 - 1) > 1e-3),
+    ]
+    for key, value, wrong in odd:
+        if wrong:
+            raise PerdureError(
+                f"The preprocessing of '{place.path}' says {key}={value}, which is not done here: pictures are resized "
+                f"(resample 2, bilinear, or 3, bicubic), the whole or its centre, to the {side} pixels a side that the tower "
+                "sees, and divided by 255."
+            )
+    assert resample is not None
+    return Fit(edge is not None, resample, 0 if edge in (None, side) else edge)
+
+
+def said_in(place: Place, name: str) -> dict[str, Any]:
     """What a JSON file beside the model holds; nothing where there is none."""
-    found = beside(place, name)
+    path = place.folder / name
     try:
-        content = json.loads(found.read_text(encoding="utf-8")) if found else {}
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PerdureError(f"{name} of the CLIP at '{place.path}' is damaged: {error}.") from None
     return content if isinstance(content, dict) else {}
-
-
-def beside(place: Place, name: str) -> Path | None:
-    """A file of the checkpoint, where it has one."""
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(place.path, name, revision=place.revision, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        return None
-    return Path(found) if found else None
 
 
 @contextlib.contextmanager

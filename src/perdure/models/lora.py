@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al., 2021, arXiv:2106.09685) inside a CLIPModel, over peft."""
+"""Low-rank adapters (Hu et al., 2021, arXiv:2106.09685) inside the towers, over peft."""
 
 from __future__ import annotations
 
@@ -21,12 +21,20 @@ def attach(
     """Freeze ``backbone`` and put adapters beside the named linear layers of the towers: W + (alpha / rank)·B·A.
 
     ``init``: A ``kaiming`` or ``xavier`` uniform and B zero, or both ``random`` (kaiming uniform). Raises ``ValueError``
-    where no layer has such a name.
+    where no layer has such a name. The attention by which SigLIP pools an image gets none.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     pattern = rf"{TOWERS[towers]}\..*\.({'|'.join(map(re.escape, targets))})"
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=init != "random")
+    # SigLIP pools by an attention of torch's, which reads its layers' weights and would pass by an adapter in silence
+    pooling = [f"{n}.out_proj" for n, module in backbone.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=pattern,
+        exclude_modules=pooling or None,
+        init_lora_weights=init != "random",
+    )
     inject_adapter_in_model(config, backbone)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_("lora_" in name)

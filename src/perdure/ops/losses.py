@@ -21,6 +21,18 @@ def classification(logits: Tensor, labels: Tensor, smoothing: float = 0.0, group
     return ((1 - smoothing) * hit + smoothing * spread).mean()
 
 
+def pairwise(logits: Tensor, labels: Tensor, smoothing: float = 0.0, group: Tensor | None = None) -> Tensor:
+    """SigLIP's loss (arXiv:2303.15343, eq. 1) of logits (B, C), bias included, against labels (B,): every image with every
+    class is a pair that matches or not; -log σ(±logit), summed over the classes, the mean over images.
+
+    ``smoothing`` and ``group`` (C,) as in ``classification``: the targets, and that only the group's classes are paired.
+    """
+    rivals = torch.ones_like(logits, dtype=torch.bool) if group is None else group[labels][:, None] == group[None]
+    targets = (1 - smoothing) * F.one_hot(labels, logits.shape[1]) + smoothing / rivals.sum(1, keepdim=True)
+    pairs = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+    return pairs.masked_fill(~rivals, 0).sum(1).mean()
+
+
 def distillation(student: Tensor, teacher: Tensor, temperature: float, form: str = "contrastive") -> Tensor:
     """Distil the rows of logits (B, B'): τ²·CE(softmax(teacher/τ), student/τ), the mean over rows (GIFT).
 

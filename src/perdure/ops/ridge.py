@@ -201,6 +201,11 @@ def added(kept: Evidence, new: Evidence) -> Evidence:
     ]
 
 
+def times(evidence: Evidence, factor: float) -> Evidence:
+    """Evidence, each figure times ``factor``."""
+    return [[[factor * x for x in cell] for cell in row] for row in evidence]
+
+
 def likeliest(evidence: Evidence) -> tuple[int, int]:
     """Where the likelihood is largest: the numbers of λ and τ."""
     cells = [(i, j) for i, row in enumerate(evidence) for j in range(len(row))]

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field
 
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
+from perdure.core.pixels import CENTRE, Fit
 from perdure.core.seeding import derive
 from perdure.core.state import only_one, read_json
 from perdure.data.task import Context, silent
@@ -54,14 +55,15 @@ class Synthesis:
 class Replay:
     """Draws, keeps and reads a run's pairs; bound to its seed, folder and stream.
 
-    ``read(prompts)`` is the student's tokenizer: a prompt that it refuses is refused before anything is drawn or trained.
+    ``size`` and ``fit``: how the student sees pictures. ``read(prompts)`` is its tokenizer: a prompt that it refuses is
+    refused before anything is drawn or trained.
     """
 
     def __init__(
         self, config: Synthesis, context: Context, size: int, device: str,
-        read: Callable[[Sequence[str]], object] = silent,
+        read: Callable[[Sequence[str]], object] = silent, fit: Fit = CENTRE,
     ):  # fmt: skip
-        self.config, self.context, self.size = config, context, size
+        self.config, self.context, self.size, self.fit = config, context, size, fit
         own = context.folder / "pairs" if context.folder is not None else None
         self.folder = Path(config.pairs) if config.pairs else own
         self.collected = self.folder is not None and is_collected(self.folder)
@@ -96,10 +98,10 @@ class Replay:
         """The pairs for learning ``task``; ``learned``: the prompts of the tasks before it."""
         store = self.store()
         if self.collected:
-            return store.read(self.some(store, task), self.size)
+            return store.read(self.some(store, task), self.size, self.fit)
         wanted = self.wanted(task, learned)
         self.draw(store, wanted)
-        return store.read(wanted, self.size)
+        return store.read(wanted, self.size, self.fit)
 
     def wanted(self, task: str, learned: Sequence[str]) -> list[Request]:
         """What is to be drawn for learning ``task``."""

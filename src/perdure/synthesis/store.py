@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile, PerdureError
+from perdure.core.pixels import CENTRE, Fit, resized
 from perdure.core.state import digest, inside, read_bytes, read_json, sync_folder, write_bytes, write_json
 from perdure.data.task import silent
-from perdure.models.clip import resized
 from perdure.synthesis.prompts import Request
 
 COLLECTED = "collected"
@@ -166,8 +166,8 @@ class Store:
         """How many of ``wanted`` came back black."""
         return sum(r in self.entries and self.entries[r].file is None for r in wanted)
 
-    def read(self, wanted: Sequence[Request], size: int) -> Pairs:
-        """The pairs that were drawn and are not black, resized and cropped to (size, size) as for evaluation.
+    def read(self, wanted: Sequence[Request], size: int, fit: Fit = CENTRE) -> Pairs:
+        """The pairs that were drawn and are not black, made (size, size) as for evaluation.
 
         Raises ``PerdureError`` where none is left, ``DamagedFile`` where an image is not the one that was written.
         """
@@ -178,17 +178,17 @@ class Store:
                 f"There is no usable image-text pair in {self.folder}: of {len(wanted)} that were asked for, {black} came "
                 "back black. Use another generator or other prompts (see: perdure generate --help)."
             )
-        images = [self.image(entry, size) for entry in entries]
+        images = [self.image(entry, size, fit) for entry in entries]
         return Pairs(torch.stack(images), [e.prompt for e in entries])
 
-    def image(self, entry: Entry, size: int) -> Tensor:
+    def image(self, entry: Entry, size: int, fit: Fit) -> Tensor:
         """One image, (3, size, size) uint8."""
         assert entry.file is not None
         with Image.open(io.BytesIO(read_bytes(inside(self.folder, entry.file), entry.sha256))) as picture:
             pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)
         if pixels.shape[-2:] == (size, size):
             return pixels
-        return (resized(pixels[None].float() / 255, size)[0] * 255).round().to(torch.uint8)
+        return (resized(pixels[None].float() / 255, size, fit)[0] * 255).round().to(torch.uint8)
 
 
 def collect(folder: Path, images: Tensor, captions: Sequence[str], source: str) -> Store:

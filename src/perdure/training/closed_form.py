@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perdure.core.errors import PerdureError
 from perdure.core.memory import check_square
-from perdure.models.heads import Gate
+from perdure.models.heads import Gate, Row
 from perdure.models.lift import Draw, RandomLayer
 from perdure.ops import ridge
 
@@ -73,26 +73,35 @@ class ClosedFormRecipe:
             raise PerdureError("score=raw gives no probabilities to choose a weight by: give weight a number.")
 
 
-class Kept(Protocol):
-    """What outlives a task."""
+@dataclass
+class Sums:
+    """What outlives a task: the running sums, what they are of, and what was chosen by them."""
 
-    sums: dict[str, Tensor]  # gram, packed (M(M + 1)/2); cross (M, C)
-    layer: str  # a mark of W
-    scale: float  # mean ‖φ‖² of the first images
-    images: int  # that λ, τ and w were judged by
-    evidence: ridge.Evidence  # Σ over tasks, by λ and τ
-    evidence_of_all: ridge.Evidence  # by τ, of the λ of the day, where λ was judged by fewer features
-    lam: float
-    temperature: float
-    weight: float
+    classes: list[Row] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)  # images by class
+    tasks: list[str] = field(default_factory=list)
+    sums: dict[str, Tensor] = field(default_factory=dict)  # gram, packed (M(M + 1)/2); cross (M, C); solution (M, C)
+    layer: str = ""  # sha256 of W
+    scale: float = 0.0  # mean ‖φ‖² of the first task's images
+    images: int = 0  # that λ, τ and w were judged by
+    evidence: ridge.Evidence = field(default_factory=list)  # Σ over tasks, by λ and τ
+    evidence_of_all: ridge.Evidence = field(
+        default_factory=list
+    )  # by τ, of the λ of the day, where λ was judged by fewer features
+    lam: float = 0.0
+    temperature: float = 1.0
+    weight: float = 1.0
+    moved: dict[str, float] = field(
+        default_factory=dict
+    )  # by task: how far its images' features moved while it was learned
 
 
 class ClosedForm:
     """A = (G + λI)⁻¹b over all images ever added, whatever their order: G = Σ φφᵀ, b = Σ φyᵀ, in fp64."""
 
-    def __init__(self, kept: Kept, lift: RandomLayer, warn: Callable[[str], None]):
+    def __init__(self, kept: Sums, lift: RandomLayer, warn: Callable[[str], None]):
         self.kept, self.lift, self.warn = kept, lift, warn
-        self.solution: Tensor | None = None
+        self.known = False  # whether the sums are known to be of this W
 
     def add(self, x: Tensor, rows: Tensor, classes: int) -> None:
         """Add images x (N, width) of the classes ``rows`` (N,) out of ``classes``."""
@@ -111,7 +120,28 @@ class ClosedForm:
         self.kept.layer = self.lift.mark()
         self.kept.scale = self.kept.scale or squares / len(x)
         self.kept.sums = {"cross": cross, "gram": ridge.pack(gram)}
-        self.solution = None
+        self.unsolved()
+
+    def forget(self, before: Sums, after: Sums, rows: Sequence[int]) -> None:
+        """Take away what was added between two earlier states: exact unlearning, up to fp64's rounding. ``rows``: where the
+        classes of ``after`` stand now; those that are left without images go."""
+        kept, new = self.kept, after.sums["cross"].clone()
+        gram, counts = kept.sums["gram"] - after.sums["gram"], list(kept.counts)
+        if before.sums:
+            new[:, : len(before.classes)] -= before.sums["cross"]
+            gram += before.sums["gram"]
+        for row, count, old in zip(rows, after.counts, [*before.counts, *[0] * len(rows)], strict=False):
+            counts[row] -= count - old
+        cross, left = kept.sums["cross"].clone(), [k for k, count in enumerate(counts) if count]
+        cross[:, rows] -= new
+        kept.classes, kept.counts = [kept.classes[k] for k in left], [counts[k] for k in left]
+        kept.sums = {"cross": cross[:, left].clone(), "gram": gram} if left else {}
+        kept.images -= after.images - before.images
+        for name in ("evidence", "evidence_of_all"):
+            now, then, once = (getattr(one, name) for one in (kept, after, before))
+            if now and then:
+                setattr(kept, name, ridge.added(ridge.added(now, ridge.times(then, -1)), once or ridge.times(then, 0)))
+        self.unsolved()
 
     def checked(self, width: int) -> int:
         """``width``; refused where it does not fit into memory, or where the sums were made with another, or another W."""
@@ -123,19 +153,24 @@ class ClosedForm:
         return width
 
     def solved(self) -> Tensor:
-        """A (M, C), made from the sums when it is first asked for."""
-        if self.solution is None:
+        """A (M, C), made from the sums when it is first asked for, and kept beside them."""
+        if "solution" not in self.kept.sums:
             kept = self.kept
             factor, jitter = ridge.cholesky(ridge.unpack(kept.sums["gram"]), kept.lam)
             if jitter:
                 self.warn(f"The ridge head's sums are nearly singular: {jitter:.1e} was added to λ = {kept.lam:.1e}.")
-            self.solution = ridge.solve(factor, kept.sums["cross"])
-        return self.solution
+            kept.sums["solution"] = ridge.solve(factor, kept.sums["cross"])
+        return self.kept.sums["solution"]
+
+    def unsolved(self) -> None:
+        """The sums, or λ, are others now."""
+        self.kept.sums.pop("solution", None)
 
     def scores(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """φA (N, len(rows)), fp64, of x (N, width)."""
-        if self.solution is None:
+        if not self.known:
             self.checked(self.lift(x[:1]).shape[1])
+            self.known = True
         columns = self.solved()[:, rows]
         return torch.cat([self.lift(some) @ columns for some in x.split(CHUNK)])
 
@@ -168,8 +203,7 @@ class ClosedForm:
     ) -> None:  # fmt: skip
         """Add the evidence of the images last added to that of those before, and take λ, τ and w where it is likeliest."""
         c, kept, whole = recipe, self.kept, len(self.kept.sums["cross"])
-        lams = [kept.scale * k for k in LAMBDAS] if c.lam == "chosen" else [float(c.lam)]
-        taus = TEMPERATURES if c.open("temperature") else [1.0 if c.score == "raw" else float(c.temperature)]
+        lams, taus = self.lams(c), self.taus(c)
         share = None if c.open("weight") else float(c.weight)
 
         def evidence(lams: Sequence[float], width: int) -> ridge.Evidence:
@@ -180,14 +214,33 @@ class ClosedForm:
 
         width = min(c.judge or whole, whole) if c.lam == "chosen" else whole
         kept.evidence = ridge.added(kept.evidence, evidence(lams, width))
-        lam, tau = ridge.likeliest(kept.evidence)
-        kept.lam, found = lams[lam], kept.evidence[lam]
+        kept.images += len(x)
+        self.settle(c)
         if width < whole:
             kept.evidence_of_all = ridge.added(kept.evidence_of_all, evidence([kept.lam], whole))
+            self.settle(c)
+        self.unsolved()
+
+    def settle(self, recipe: ClosedFormRecipe) -> None:
+        """Take λ, τ and w where the evidence is likeliest."""
+        kept = self.kept
+        if not kept.evidence or not kept.images:
+            return
+        lam, tau = ridge.likeliest(kept.evidence)
+        kept.lam, found = self.lams(recipe)[lam], kept.evidence[lam]
+        if kept.evidence_of_all:
             (found,), (_, tau) = kept.evidence_of_all, ridge.likeliest(kept.evidence_of_all)
-        kept.images += len(x)
-        kept.temperature, kept.weight = taus[tau], found[tau][1] / kept.images
-        self.solution = None
+        kept.temperature, kept.weight = self.taus(recipe)[tau], found[tau][1] / kept.images
+
+    def lams(self, recipe: ClosedFormRecipe) -> list[float]:
+        """The values that λ may take."""
+        return [self.kept.scale * k for k in LAMBDAS] if recipe.lam == "chosen" else [float(recipe.lam)]
+
+    def taus(self, recipe: ClosedFormRecipe) -> Sequence[float]:
+        """The values that τ may take."""
+        if recipe.open("temperature"):
+            return TEMPERATURES
+        return [1.0 if recipe.score == "raw" else float(recipe.temperature)]
 
     def held_out(self, x: Tensor, labels: Tensor, order: Tensor) -> float:
         """λ by RanPAC's rule: fitted on the first four fifths of x (N, width), in ``order``, judged on the rest."""

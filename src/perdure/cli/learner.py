@@ -1,0 +1,194 @@
+"""Commands about a model in use: ``learn``, ``predict``, ``evaluate``, ``history``, ``undo``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from perdure.cli.tables import Format, course_table, rows_table, write_rows
+from perdure.core.errors import PerdureError
+from perdure.terminal import console
+
+if TYPE_CHECKING:
+    from perdure.launch.learner.comparison import Outcome
+
+Home = Annotated[Path, typer.Argument(metavar="HOME", help="Folder of the model in use.")]
+
+
+class Keep(str, Enum):
+    """What is kept of test pictures."""
+
+    pictures = "pictures"
+    paths = "paths"
+    none = "none"
+
+
+def say(text: str) -> None:
+    """A line as it is, whatever brackets names hold."""
+    console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def learn(
+    home: Home,
+    pictures: Annotated[str, typer.Argument(help="Folder of new pictures: CLASS/*, or TASK/CLASS/*.")],
+    assignments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Options of the method; see 'perdure methods NAME'."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--from", "--model", help="Folder or Hub id of a CLIP; default: the embedded one.")
+    ] = "",
+    method: Annotated[str, typer.Option(help="What learns: a name (see 'perdure methods') or a Python file.")] = "",
+    name: Annotated[str, typer.Option(help="What the task is called; default: as the folder.")] = "",
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Refuse what costs an earlier task or the probe more points; default: 2, beyond chance."
+        ),
+    ] = None,
+    probe: Annotated[
+        Path | None, typer.Option(help="Folder CLASS/* of pictures to measure zero-shot ability on.")
+    ] = None,
+    keep: Annotated[
+        Keep | None, typer.Option(help="What is kept of each task's test pictures; default: pictures.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The seed; default: 0.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be learned, and learn nothing.")] = False,
+) -> None:
+    """Teach a model in use what a folder of pictures shows, and say what was won and lost. Made on first use."""
+    from perdure.core.config import pairs
+    from perdure.launch.learner import Learner
+    from perdure.view import Screen
+
+    given, complaints = pairs(assignments or [])
+    if complaints:
+        raise PerdureError(" ".join(complaints))
+    screen = Screen(console(), str(home))
+    learner = Learner(
+        home,
+        model=model,
+        method=method,
+        probe=probe,
+        keep=keep.value if keep else None,
+        seed=seed,
+        watcher=screen,
+        **given,
+    )
+    try:
+        with screen:
+            outcomes = learner.learn(pictures, name=name, max_loss=max_loss, dry_run=dry_run)
+    except KeyboardInterrupt:
+        say(f"\nStopped. {home} is as it was before; the same command begins again.")
+        raise typer.Exit(130) from None
+    for one in outcomes:
+        show(one, home)
+    if not outcomes.accepted:
+        raise typer.Exit(1)
+
+
+def show(outcome: Outcome, home: Path) -> None:
+    """What learning a task came to: its notes, the table, what to do next."""
+    for note in outcome.notes:
+        say(note)
+    if outcome.planned or outcome.already:
+        if outcome.already:
+            say(f"{outcome.task} was learned before: nothing to do.")
+        return
+    console().print(rows_table(f"{outcome.task}, before and after", outcome.rows))
+    if all(row.name != "probe" or row.after is None for row in outcome.rows):
+        say("Zero-shot ability is not measured here: there is no probe (--probe FOLDER, when HOME is made).")
+    if outcome.refused:
+        say(f"Not taken: {outcome.refused} The state before stays current; this one lies in {outcome.folder}.")
+    else:
+        say(
+            f"{outcome.task} is learned. Ask with: perdure predict {home} PICTURE; take it back with: perdure undo {home}"
+        )
+
+
+def predict(
+    home: Home,
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGES...", help="Pictures, folders of them, or - for names on stdin.")
+    ],
+    classes: Annotated[
+        str, typer.Option(help="Names to tell apart, with commas between; default: all that was learned.")
+    ] = "",
+    topk: Annotated[int, typer.Option(min=1, help="How many of the likeliest names.")] = 1,
+    format: Annotated[Format, typer.Option(help="How answers are written.")] = Format.table,
+) -> None:
+    """Say what pictures show. Exit code 1 if one could not be read; the others are answered."""
+    from perdure.launch.learner import Learner
+
+    names = [n for one in images for n in (sys.stdin.read().splitlines() if one == "-" else [one]) if n]
+    learner = Learner(home)
+    rows = learner.predict(names, classes=classes.split(",") if classes else None, topk=topk)
+    write_rows(rows, format, topk)
+    bad = [row for row in rows if "error" in row]
+    for row in bad:
+        print(f"Error: {row['error']}", file=sys.stderr)
+    if bad:
+        raise typer.Exit(1)
+
+
+def evaluate(home: Home) -> None:
+    """Measure every task whose test pictures are kept, and the probe, anew."""
+    from perdure.launch.learner import Learner
+
+    rows = Learner(home).evaluate()
+    console().print(rows_table(f"{home}: accuracy in per cent", rows))
+    if gone := [row.name for row in rows if row.after is None]:
+        say(f"Not measured, as no test pictures are there: {', '.join(gone)}.")
+
+
+def history(
+    home: Home, as_json: Annotated[bool, typer.Option("--json", help="As JSON, with everything noted.")] = False
+) -> None:
+    """What was learned, in order, and what was refused or taken back."""
+    from perdure.launch.learner import Learner
+
+    learner = Learner(home)
+    entries = learner.history()
+    if as_json:
+        print(json.dumps(entries, ensure_ascii=False, indent=1))
+        return
+    config = learner.config
+    say(
+        f"{home}: {config['method']} on {config['settings']['model'].replace('stream', 'the embedded CLIP')}, {learner.kept()}"
+    )
+    console().print(course_table(entries))
+
+
+def forget(
+    home: Home, task: Annotated[str, typer.Argument(help="The task to unlearn; see 'perdure history HOME'.")]
+) -> None:
+    """Unlearn one task, as if it had never been learned, where the method can."""
+    from perdure.launch.learner import Learner
+
+    rows = Learner(home).forget(task)
+    console().print(rows_table(f"{home} without {task}", rows))
+    say(f"{task} is forgotten. Earlier states, which know it, stay in {home}; take this back with: perdure undo {home}")
+
+
+def undo(
+    home: Home,
+    to: Annotated[
+        int | None, typer.Option(min=0, help="Go back to this task (0: before any); default: take back the last.")
+    ] = None,
+) -> None:
+    """Take back what was learned last. Nothing is deleted."""
+    from perdure.launch.learner import Learner
+
+    learner = Learner(home)
+    for name in learner.undo(to):
+        say(f"Taken back: {name} (kept as undone_{name}).")
+    left = [one["task"] for one in learner.history() if one["state"] == "current"]
+    say(
+        f"Current is the state after {left[-1]}, which knows: {', '.join(left)}."
+        if left
+        else "Current is the model as it was found."
+    )

@@ -1,0 +1,71 @@
+"""Teaching a method one task: learn, fuse, calibrate."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from perdure.core.seeding import reseed
+from perdure.data.task import Batch, Task
+from perdure.engine.settings import Settings
+from perdure.engine.watcher import Watcher
+from perdure.methods.base import Method
+from perdure.training.fit import Losses, Stepper, fit, optimise
+from perdure.training.schedule import Schedule
+
+
+class Teacher:
+    """Takes a bound method through a task at a time; what it draws depends on the seed and the task's number alone.
+
+    ``phases``: the losses of the phases that the method trained beside the last task, by name.
+    """
+
+    def __init__(self, method: Method, seed: int, settings: Settings, watcher: Watcher):
+        self.method, self.seed, self.settings, self.watcher = method, seed, settings, watcher
+        self.phases: dict[str, Losses] = {}
+
+    def learn(self, task: Task | None, number: int) -> Losses:
+        """Learn ``task`` as number 1, 2, …; return its losses, one value a step by name. None: there is nothing to learn."""
+        method = self.method
+        generator, self.phases = reseed(self.seed, number), {}
+        if task is None or not method.learns:
+            return Losses()
+        method.start(task)
+        if method.foresees():
+            with self.before_the_head():
+                method.foresee(task)
+        losses = self.train_on(task, generator) if method.trains_on(task) else Losses()
+        method.fuse(task)
+        with self.before_the_head():
+            method.calibrate(task)
+        return losses
+
+    def train_on(self, task: Task, generator: torch.Generator) -> Losses:
+        """Take a task's steps."""
+        method, clip = self.method, self.method.clip
+        material = method.material(task)
+        method.begin_task(material)
+        s = self.settings
+        losses = fit(
+            method, material, generator, clip.size, clip.device, s.precision, self.watcher.step, workers=s.workers
+        )
+        if losses.steps:
+            clip.trained(f"trained {task.name}", method.parameters().values())
+        return losses
+
+    @contextlib.contextmanager
+    def before_the_head(self) -> Iterator[None]:
+        """Meanwhile, the model holds the weights that a head stands on."""
+        method, clip = self.method, self.method.clip
+        with clip.preserved(), clip.remembering(method.steady()):
+            method.load_expert(method.head_expert())
+            yield
+
+    def train(self, learner: Stepper, schedule: Schedule, draws: Iterator[Batch], name: str) -> Losses:
+        """What a method is lent for a phase of its own: the run's device, precision and progress, and a place in the record."""
+        device = self.method.clip.device
+        losses = optimise(learner, schedule, draws, device, self.settings.precision, self.watcher.step, name)
+        self.phases[name] = losses
+        return losses

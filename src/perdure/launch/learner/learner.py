@@ -1,0 +1,257 @@
+"""A model in use, in three lines of Python; the commands ``learn``, ``predict``, ``evaluate``, ``history``, ``undo`` and
+``forget`` are its methods.
+
+>>> from perdure import Learner
+>>> learner = Learner("HOME")
+>>> print(learner.learn("photos/"))
+>>> learner.predict("holiday.jpg")
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from perdure.benchmarks import mini
+from perdure.core.caller import undisturbed
+from perdure.core.errors import PerdureError, unknown
+from perdure.core.paths import expanded
+from perdure.core.state import only_one, write_json
+from perdure.data.task import Context, Stream, Task
+from perdure.engine import home
+from perdure.engine.checkpoint import folder_name, free_name, read_task, save_task
+from perdure.engine.home import Keep, Measured
+from perdure.engine.run import identity
+from perdure.engine.settings import load_clip
+from perdure.engine.watcher import Watcher
+from perdure.launch.learner.answers import Answer, Pictures, answered
+from perdure.launch.learner.comparison import Outcome, Outcomes, Row, compared, refusal
+from perdure.launch.learner.making import Asked, check_same, configured, read_home
+from perdure.launch.learner.pictures import check_unchanged, pictures_of, prepared
+from perdure.launch.learner.probe import keep_probe, probe_of
+from perdure.launch.learner.state import Current, bound, check_task, noted
+from perdure.methods.base import Method
+
+
+class Learner:
+    """The model in ``folder`` (HOME), made when it first learns.
+
+    ``model``: a folder or Hub id of a CLIP (default: the embedded one); ``method``: a name or file (default: ridge_patches);
+    ``options``: of the method, of precision, device, threads and workers, as ``key=value`` is on the command line;
+    ``keep``: of each task's test pictures, ``pictures`` (at the model's size), ``paths`` or ``none``; ``probe``: a folder
+    ``CLASS/*`` of pictures that no task teaches, to measure what it could do before. Of a HOME that is there already, what is
+    given must be what it was made with. Raises ``PerdureError`` for anything the caller can put right.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, model: str = "", method: str = "", probe: str | Path | None = None,
+        keep: Keep | None = None, seed: int | None = None, watcher: Watcher | None = None, **options: Any,
+    ):  # fmt: skip
+        self.folder, self.watcher = expanded(folder), watcher or Watcher()
+        self.asked = Asked(model, method, str(probe or ""), keep, seed, options)
+        self.made = read_home(self.folder)
+        if self.made is not None:
+            check_same(self.folder, self.made, self.asked)
+        self.ready: Current | None = None  # what answered last, where nothing has been learned since
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the HOME. ``PerdureError`` where it has learned nothing yet."""
+        if self.made is None:
+            self.made = read_home(self.folder)
+        if self.made is None:
+            raise PerdureError(
+                f"{self.folder} has learned nothing yet. Begin with: perdure learn {self.folder} PICTURES"
+            )
+        return self.made
+
+    # ---- learning
+
+    def learn(
+        self, pictures: str | Path | Stream, *, name: str = "", max_loss: float | None = None, dry_run: bool = False
+    ) -> Outcomes:
+        """Learn the pictures of a folder (``CLASS/*``: one task; ``TASK/CLASS/*``: one after another) or a ``Stream``.
+
+        A result that costs an earlier task or the probe more than ``max_loss`` points is refused: the state before stays
+        current, and the new one lies beside it. None: more than 2 points, and more than chance takes. What was learned
+        before is not learned again. ``name``: of the task, instead of the folder's. ``dry_run``: say what would be learned.
+        """
+        with undisturbed():
+            make, stream = pictures_of(pictures, name)
+            config = self.made or configured(self.folder, stream, self.asked, self.watcher.warn)
+            if dry_run:
+                return self.planned(stream)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with only_one(self.folder):
+                self.begin(config)
+                out: list[Outcome] = []
+                for task in stream.tasks:
+                    out.append(self.learn_one(task, max_loss, lambda: check_unchanged(make, stream)))
+                    if not out[-1].accepted:
+                        break
+                return Outcomes(out)
+
+    def planned(self, stream: Stream) -> Outcomes:
+        """What would be learned, in words."""
+        learned = home.course(self.folder, tensors=False)[1] if self.made else []
+        out = []
+        for task in stream.tasks:
+            ready, about, said = prepared(task, learned)
+            if ready is not None:
+                names = ", ".join(c.name for c in ready.classes)
+                said.append(
+                    f"{ready.name} would be learned: {about['train']} training and {about['test']} test pictures of "
+                    f"{len(ready.classes)} classes ({names})."
+                )
+            out.append(Outcome(task.name, already=ready is None, planned=True, notes=tuple(said)))
+        return Outcomes(out)
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Make the HOME, or what a stop has left undone of it: its configuration, the probe's pictures, row 0."""
+        path = self.folder / "config.json"
+        if path.exists() and any(self.folder.glob("task_00_*")):
+            return
+        method = bound(self.folder, config, [], self.watcher)
+        if not path.exists():
+            keep_probe(self.folder, config, method.clip)
+            write_json(path, config)
+        self.made = read_home(self.folder)
+        born, start = Method(), time.perf_counter()
+        born.join(load_clip(config, str(mini.MODEL)), Context())
+        found = home.measure(born, [], {}, probe_of(self.folder, config, method.clip))
+        self.save(folder_name(0, "before"), Current(method, [], [], None), found, noted("before", 0, (start, start)))
+
+    def current(self, new: Task | None = None) -> Current:
+        """What the HOME holds now, read and checked; ``new``: a task that is about to be learned."""
+        config = self.config
+        states, learned = home.course(self.folder)
+        tasks = [one.task(k) for k, one in enumerate(learned)]
+        method = bound(self.folder, config, [*tasks, new] if new else tasks, self.watcher)
+        states[-1].restore(method)
+        return Current(method, states, learned, probe_of(self.folder, config, method.clip))
+
+    def learn_one(self, task: Task, max_loss: float | None, check: Callable[[], None]) -> Outcome:
+        """Learn a task, measure, and take it or refuse it. ``check``: what must still hold when it is learned."""
+        ready, about, said = prepared(task, home.course(self.folder, tensors=False)[1])
+        if ready is None:
+            return Outcome(task.name, already=True, notes=tuple(said))
+        now = self.current(ready)
+        number, view = len(now.states), now.method.clip.view
+        task = replace(ready, index=len(now.learned), train=ready.train.at(*view), test=ready.test.at(*view))
+        check_task(task, now.method)
+        self.watcher.begins([*(t.name for t in now.tasks), task.name], [], [])
+        self.watcher.learns(task.name, number)
+        start, before = time.perf_counter(), now.before(task)
+        teacher = now.teacher(self.config, self.watcher)
+        losses = teacher.learn(task, number)
+        learned = time.perf_counter()
+        self.watcher.evaluates()
+        after = now.measure(task)
+        rows = compared([*(t.name for t in now.tasks), task.name, "probe"], before, after.own, after.of_all)
+        refused = refusal(rows, task.name, max_loss)
+        check()
+        files, kept = home.kept_tests(self.config["home"]["keep"], task.test)
+        more = {"losses": losses, "phases": teacher.phases, "remarks": now.method.remarks(), "about": {**about, **kept}}
+        place = folder_name(number, task.name)
+        place = free_name(self.folder / f"{home.REFUSED}{place}").name if refused else place
+        self.save(
+            place, now, after, noted(task.name, number, (start, learned)) | more | {"refused": refused}, rows, files
+        )
+        return Outcome(task.name, tuple(rows), self.folder / place, refused, notes=tuple(said))
+
+    def save(
+        self, place: str, now: Current, after: Measured, record: dict[str, Any], rows: Sequence[Row] = (),
+        files: Mapping[str, dict[str, Tensor]] | None = None,
+    ) -> None:  # fmt: skip
+        """Write a state, whole or not at all."""
+        record |= {"config": identity(self.config), "rows": [row.as_json() for row in rows]}
+        kept = now.last.record["files"] if now.states else {}
+        save_task(
+            self.folder, place, now.method, after.own, record, kept, {"hits_of_all": after.of_all, **(files or {})}
+        )
+        self.ready = None
+
+    # ---- looking back
+
+    def evaluate(self) -> list[Row]:
+        """Every task whose test pictures are there, and the probe, measured anew."""
+        with undisturbed():
+            now = self.current()
+            found = now.measure()
+            return compared([*(t.name for t in now.tasks), "probe"], {}, found.own, found.of_all)
+
+    def history(self) -> list[dict[str, Any]]:
+        """What was learned, in order, and what was refused or undone: records as ``state.json`` keeps them, with ``state``
+        (current, forgotten, refused or undone) and ``folder``."""
+        return home.history(self.folder) if self.config else []
+
+    def kept(self) -> str:
+        """What is kept of test pictures, and how much room the HOME takes, in words."""
+        size = sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
+        return f"{home.KEPT[self.config['home']['keep']]}; {size / 1e6:,.0f} MB in all"
+
+    def undo(self, to: int | None = None) -> list[str]:
+        """Take back the last task, or all after task number ``to`` (0: all). Nothing is deleted: their folders are renamed.
+        Returns the names of the tasks taken back, the last one first."""
+        with only_one(self.folder) if self.config else undisturbed():
+            there = home.numbered(self.folder)
+            to = len(there) - 2 if to is None else to
+            if not 0 <= to < len(there) - 1:
+                last = len(there) - 2
+                way = (
+                    f"Undo the last, or go back --to a number from 0 to {last}." if last >= 0 else "Nothing is to undo."
+                )
+                raise PerdureError(f"{self.folder} has {len(there) - 1} states after the first. {way}")
+            self.ready = None
+            return [path.name.removeprefix(home.UNDONE) for path in home.set_back(self.folder, to)]
+
+    def forget(self, name: str) -> list[Row]:
+        """Unlearn one task, as if it had never been learned, where the method can: the sums of a closed-form head less the
+        task's, ConDU's experts without the task's. It is a new state, which ``undo`` takes back: the states before it, which
+        still know the task, stay in the folder. Returns what became of the others."""
+        with undisturbed(), only_one(self.folder) if self.config else undisturbed():
+            now, start = self.current(), time.perf_counter()
+            place = {one.name: now.states.index(one.saved) for one in now.learned}
+            if name not in place:
+                raise unknown("task", name, place)
+            old, then = (read_task(now.states[place[name] - back].folder, tensors=True) for back in (1, 0))
+            now.method.forget(name, old.packed(), then.packed())
+            rest = replace(now, learned=[one for one in now.learned if one.name != name])
+            after, number = rest.measure(), len(now.states)
+            rows = compared([*(t.name for t in rest.tasks), "probe"], now.hits(), after.own, after.of_all)
+            record = noted(f"without {name}", number, (start, time.perf_counter())) | {"forgot": name}
+            self.save(folder_name(number, f"without-{name}"), rest, after, record, rows)
+            return rows
+
+    # ---- answering, and others
+
+    def newest(self) -> Path:
+        """Where the current state lies: another process may have learned since this one looked."""
+        return home.numbered(self.folder)[-1]
+
+    def predict(self, images: Pictures, *, classes: Sequence[str] | None = None, topk: int = 1) -> list[Answer]:
+        """What each picture shows: of ``classes``, or of all that was learned. ``images``: a path, a folder, a list of paths,
+        or images in memory (N, 3, H, W), uint8 or float in 0 … 1."""
+        with undisturbed():
+            if self.ready is None or self.ready.last.folder != self.newest():
+                self.ready = self.current()
+            return answered(self.ready.method, self.ready.learned, images, classes, topk)
+
+    def export(self, out: str | Path) -> list[str]:
+        """Write the model to a folder: a plain ``transformers`` checkpoint (one an expert, where it keeps several), what that
+        leaves out beside it, and a model card. Returns what plain transformers will not have of it, in words."""
+        from perdure.launch.learner.package import export_home
+
+        return export_home(self, out)
+
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> Learner:
+        """The exported model in ``folder``: it answers the same bits as the model in use did, and learns nothing."""
+        from perdure.launch.learner.package import Exported
+
+        return Exported(folder)

@@ -1,0 +1,123 @@
+"""What a model in use is made with, from what a person says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from perdure.benchmarks import mini
+from perdure.core.config import options, resolve
+from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
+from perdure.data.task import Stream
+from perdure.engine.home import KEPT, Keep
+from perdure.engine.settings import Settings
+from perdure.launch.configure import Warn, prepare
+from perdure.launch.folders import ELSEWHERE, plain, read_config
+from perdure.launch.learner.probe import described
+from perdure.launch.options import method_options
+from perdure.launch.sources import find_method
+
+METHOD = "ridge_patches"
+FOR_RUNS = ("tasks", "images", "shots", "class_order", "labels", "task_id")  # settings that a stream must be whole for
+GROWS = "grows"  # in the place of a run's split
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a HOME is asked for with; empty: whatever it was made with, or the default."""
+
+    model: str = ""
+    method: str = ""
+    probe: str = ""
+    keep: Keep | None = None
+    seed: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_home(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the HOME in ``folder``; None where there is none yet. ``PerdureError`` for anything else there."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise PerdureError(f"{folder} is a file. A HOME is a folder: give a new one, or one that 'perdure learn' made.")
+    if not (folder / "config.json").exists():
+        if any(p for p in folder.iterdir() if not p.name.startswith(".")):
+            raise PerdureError(f"{folder} holds other things. Give a new folder, or one that 'perdure learn' made.")
+        return None
+    config = read_config(folder)
+    if "home" not in config:
+        raise PerdureError(
+            f"{folder} holds a run, which is finished with its stream. Give a new folder, or one that 'perdure learn' made."
+        )
+    return config
+
+
+def check_same(folder: Path, config: Mapping[str, Any], asked: Asked) -> None:
+    """Refuse to use a HOME as another than it was made: a model, a method, options, what is kept."""
+    made, about = {**config["options"], **config["settings"]}, config["home"]
+    wrong = []
+    if asked.method and find_method(asked.method)[0].name != config["method"]:
+        wrong.append(("method", asked.method, config["method"]))
+    if asked.model and model_of(asked.model) != config["settings"]["model"]:
+        wrong.append(("model", asked.model, config["settings"]["model"].replace("stream", "the embedded CLIP")))
+    if asked.keep and asked.keep != about["keep"]:
+        wrong.append(("keep", asked.keep, about["keep"]))
+    if asked.seed is not None and asked.seed != config["seed"]:
+        wrong.append(("seed", str(asked.seed), str(config["seed"])))
+    if asked.probe and str(expanded(asked.probe).resolve()) != about["probe"].get("folder"):
+        wrong.append(("probe", asked.probe, about["probe"].get("folder", about["probe"]["kind"])))
+    if asked.options and not asked.method:
+        asked = replace(asked, method=config["method"])
+    for key, value in checked(asked).items():
+        if key not in ELSEWHERE and plain(made[key]) != plain(value):
+            wrong.append((key, str(value), str(made[key])))
+    if wrong:
+        said = "; ".join(f"{key}: {given} was given, it was made with {own}" for key, given, own in wrong)
+        raise PerdureError(f"{folder} is another model in use. {said}. Leave that out, or learn into a new folder.")
+
+
+def checked(asked: Asked) -> dict[str, Any]:
+    """The options that were given, read and checked."""
+    if odd := [key for key in asked.options if key in FOR_RUNS]:
+        raise PerdureError(
+            f"{odd[0]} belongs to runs over a stream: a model in use learns all that it is shown. Leave it out."
+        )
+    entry = find_method(asked.method or METHOD)[0]
+    known = {**{key: option for key, (_, option) in method_options(entry).items()}, **options(Settings)}
+    return {key: value for key, value in resolve(known, asked.options).items() if key in asked.options}
+
+
+def model_of(word: str) -> str:
+    """A model as a configuration records it."""
+    place = expanded(word)
+    if place.is_dir():
+        own = place.resolve() == Path(mini.MODEL).resolve()
+        return "stream" if own else str(place.resolve())
+    return word
+
+
+def configured(folder: Path, stream: Stream, asked: Asked, warn: Warn) -> dict[str, Any]:
+    """The configuration of a new HOME, everything checked that can be before any work."""
+    checked(asked)
+    if asked.keep is not None and asked.keep not in KEPT:
+        raise PerdureError(f"keep is one of {', '.join(KEPT)}, not {asked.keep!r}.")
+    embedded = not asked.model or model_of(asked.model) == "stream"
+    if embedded:
+        warn(
+            "The embedded CLIP reads pictures at 32 pixels and knows drawings. For photographs give one that knows more, as "
+            "--from openai/clip-vit-base-patch16."
+        )
+    values = {**asked.options, **({} if embedded else {"model": asked.model})}
+    config = prepare(asked.method or METHOD, stream, asked.seed or 0, values, {}, None, warn)
+    source = {kind: about for kind, about in config.get("source", {}).items() if kind == "method"}
+    return {
+        **{key: value for key, value in config.items() if key not in ("source", "data_root")},
+        **({"source": source} if source else {}),
+        "stream": folder.resolve().name,
+        "split": GROWS,
+        "settings": {**config["settings"], "labels": "seen", "task_id": "hidden"},
+        "home": {"keep": asked.keep or "pictures", "probe": described(asked.probe, embedded)},
+    }

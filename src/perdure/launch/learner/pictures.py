@@ -1,0 +1,113 @@
+"""Pictures that a model in use is to learn: read, known again, without those that it was shown before."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perdure.benchmarks.folder import load_folder, mark
+from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
+from perdure.core.state import digest
+from perdure.data.files import Files
+from perdure.data.task import Images, Stream, Task
+from perdure.engine.home import Learned, known_as
+from perdure.launch.sources import find_stream
+
+
+def pictures_of(what: str | Path | Stream, name: str) -> tuple[Callable[[], Stream], Stream]:
+    """How the pictures that somebody means are read, and the stream they make."""
+    if isinstance(what, Stream):
+        make: Callable[[], Stream] = lambda: named(what, name)  # noqa: E731
+    elif expanded(what).is_dir():
+        base = expanded(what).resolve()
+        make = lambda: load_folder(base, name)  # noqa: E731
+    else:
+        if any(mark in str(what) for mark in "/\\.") and not expanded(what).exists():
+            raise PerdureError(f"There is no {what}. Give a folder of pictures: CLASS/*, or TASK/CLASS/*.")
+        found = find_stream(str(what))[0]
+        make = lambda: named(found(), name)  # noqa: E731
+    return make, make()
+
+
+def named(stream: Stream, name: str) -> Stream:
+    """A stream whose one task is called ``name``, where that is given."""
+    if not name:
+        return stream
+    if len(stream.tasks) > 1:
+        raise PerdureError(
+            f"{stream.name} holds {len(stream.tasks)} tasks, which have names of their own: leave '{name}' out."
+        )
+    return replace(stream, tasks=(replace(stream.tasks[0], name=name),))
+
+
+def check_unchanged(make: Callable[[], Stream], stream: Stream) -> None:
+    """Refuse what was learned from a folder that has changed meanwhile."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were given when it was read first
+        now = make()
+    if now.digest != stream.digest:
+        raise PerdureError(
+            f"The pictures of {stream.name} changed while they were being learned. Nothing was learned; do it again when all "
+            "are there."
+        )
+
+
+def marks(images: Images) -> list[str]:
+    """What each picture is known by, wherever it lies: the first 16 digits of the sha256 of its file or pixels."""
+    if isinstance(images.pixels, Files):
+        return [mark(path)[:16] for path in images.pixels.paths]
+    return [digest(image.contiguous().numpy().tobytes())[:16] for image in images.pixels[:]]
+
+
+def new_among(task: Task, learned: Sequence[Learned]) -> tuple[Task, list[str], list[str]]:
+    """The task without pictures that were learned or held out before; the marks of the rest; what to say."""
+    before = {m: one.name for one in learned for m in sorted(one.marks)}
+    sides, kept, old = [], [], []
+    for images in (task.train, task.test):
+        own = marks(images)
+        index = [k for k, m in enumerate(own) if m not in before]
+        old += [m for m in own if m in before]
+        kept += [own[k] for k in index]
+        sides.append(images if len(index) == len(own) else images.take(torch.tensor(index, dtype=torch.int64)))
+    if not old:
+        return task, kept, []
+    where = ", ".join(dict.fromkeys(before[m] for m in old))
+    said = f"{len(old)} of {len(old) + len(kept)} pictures were shown before ({where}): they are left out."
+    return replace(task, train=sides[0], test=sides[1]), kept, [said]
+
+
+def prepared(task: Task, learned: Sequence[Learned]) -> tuple[Task | None, dict[str, Any], list[str]]:
+    """The task as it is to be learned after others, what its record says, and what to tell. None: it was learned before.
+
+    ``PerdureError`` where its name is taken, or nothing is left to learn or to measure.
+    """
+    task, own, said = new_among(task, learned)
+    if not own:
+        return None, {}, said
+    if any(one.name == task.name for one in learned):
+        raise PerdureError(
+            f"A task '{task.name}' is learned already, of other pictures. Give this one a name of its own: --name {task.name}-2"
+        )
+    for side, images in (("training", task.train), ("test", task.test)):
+        if not len(images):
+            raise PerdureError(
+                f"{task.name}: no {side} picture is left, as all of that side were shown before. Give it more pictures."
+            )
+    task, again = known_as(task, [one.task(k) for k, one in enumerate(learned)])
+    if again:
+        said.append(
+            f"{len(again)} of its {len(task.classes)} classes are known already ({', '.join(again[:5])}"
+            f"{', …' if len(again) > 5 else ''}): a head adds the new pictures to what it knows of them; an expert a task "
+            "learns them anew."
+        )
+    about = {
+        "classes": [[c.name, list(c.templates)] for c in task.classes], "train": len(task.train), "test": len(task.test),
+        "marks": own,
+    }  # fmt: skip
+    return task, about, said

@@ -1,0 +1,70 @@
+"""What the ability that a model was born with is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perdure.benchmarks import mini
+from perdure.benchmarks.folder import load_folder
+from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
+from perdure.core.state import read_tensors, write_bytes
+from perdure.data.files import Files
+from perdure.data.task import Class, Images, Probe
+from perdure.engine.checkpoint import as_bytes
+from perdure.models.clip import CLIP
+
+PROBE = "probe.safetensors"
+
+
+def described(folder: str, embedded: bool) -> dict[str, Any]:
+    """The probe as a configuration records it: a folder of somebody's, that of the embedded CLIP, or none."""
+    if folder:
+        base = expanded(folder).resolve()
+        probe = read_probe(base)
+        return {
+            "kind": "pictures",
+            "folder": str(base),
+            "classes": [[c.name, list(c.templates)] for c in probe.classes],
+        }
+    return {"kind": "embedded" if embedded else "none"}
+
+
+def read_probe(base: Path) -> Probe:
+    """All pictures of a folder ``CLASS/*`` as a probe."""
+    if not base.is_dir():
+        raise PerdureError(f"The probe {base} is no folder. Give one with CLASS/* of pictures that no task teaches.")
+    (task,) = load_folder(base, "the probe").tasks
+    pixels = Files(tuple(p for side in (task.train, task.test) for p in side.pixels.paths), task.train.pixels.side)
+    return Probe(task.classes, Images(pixels, torch.cat([task.train.labels, task.test.labels])))
+
+
+def keep_probe(folder: Path, config: dict[str, Any], clip: CLIP) -> None:
+    """Keep the probe's pictures as those of tasks are kept, and note it in ``config``."""
+    about, keep = config["home"]["probe"], config["home"]["keep"]
+    if about["kind"] != "pictures" or keep != "pictures":
+        return
+    test = read_probe(Path(about["folder"])).test.at(*clip.view)
+    about["sha256"] = write_bytes(folder / PROBE, as_bytes({"pixels": test.pixels[:], "labels": test.labels}))
+
+
+def probe_of(folder: Path, config: Mapping[str, Any], clip: CLIP) -> Probe | None:
+    """The probe of a HOME; None where there is none, or its pictures are gone."""
+    about = config["home"]["probe"]
+    if about["kind"] == "embedded":
+        return mini.probe()
+    if about["kind"] == "none":
+        return None
+    classes = tuple(Class(name, tuple(templates)) for name, templates in about["classes"])
+    if "sha256" in about:
+        found = read_tensors(folder / PROBE, about["sha256"])
+        return Probe(classes, Images(found["pixels"], found["labels"]))
+    base = Path(about["folder"])
+    if not base.is_dir():
+        return None
+    probe = read_probe(base)
+    return Probe(probe.classes, probe.test.at(*clip.view))

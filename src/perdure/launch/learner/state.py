@@ -1,0 +1,95 @@
+"""The state of a model in use: a method with all it learned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from perdure.benchmarks import mini
+from perdure.core.seeding import reseed
+from perdure.data.task import Context, Images, Probe, Stream, Task
+from perdure.engine.checkpoint import Saved
+from perdure.engine.environment import forget_peak_memory, peak_memory_mb
+from perdure.engine.home import Hits, Learned, Measured, measure
+from perdure.engine.settings import Settings, load_clip
+from perdure.engine.teach import Teacher
+from perdure.engine.watcher import Watcher
+from perdure.launch.runs import built
+from perdure.methods.base import Method
+
+
+@dataclass
+class Current:
+    """The state that answers now: a method with all it learned, and what it can be measured on."""
+
+    method: Method
+    states: list[Saved]
+    learned: list[Learned]
+    probe: Probe | None
+
+    @property
+    def last(self) -> Saved:
+        return self.states[-1]
+
+    @property
+    def tasks(self) -> list[Task]:
+        return [one.task(k) for k, one in enumerate(self.learned)]
+
+    def tests(self) -> dict[str, Images]:
+        """The test pictures that are kept and there, by task."""
+        found = {one.name: one.tests(self.method.clip.view) for one in self.learned}
+        return {name: images for name, images in found.items() if images is not None}
+
+    def before(self, task: Task) -> Hits:
+        """What is answered rightly before ``task`` is learned, of it too. What a method makes of the model before it has
+        learned anything is no answer: there it is the model's own."""
+        asked = self.method
+        if not self.learned:
+            asked = Method()
+            asked.join(self.method.clip, Context())
+        return {**self.hits(), **measure(asked, [task], {task.name: task.test}, None).own}
+
+    def measure(self, *new: Task) -> Measured:
+        """What is answered rightly now, of the tasks that can be measured, ``new`` ones and the probe."""
+        tests = {**self.tests(), **{task.name: task.test for task in new}}
+        return measure(self.method, [*self.tasks, *new], tests, self.probe)
+
+    def teacher(self, config: Mapping[str, Any], watcher: Watcher) -> Teacher:
+        """Who takes it through the next task."""
+        forget_peak_memory()
+        teacher = Teacher(self.method, config["seed"], Settings.recorded(config["settings"]), watcher)
+        self.method.lend(teacher.train)
+        return teacher
+
+    def hits(self) -> Hits:
+        """What was measured when the last task was learned."""
+        return self.last.files["hits"]
+
+
+def bound(folder: Path, config: Mapping[str, Any], tasks: Sequence[Task], watcher: Watcher) -> Method:
+    """The method on the model it began with, before it is put where it was; it knows of ``tasks``."""
+    clip = load_clip(config, str(mini.MODEL))
+    reseed(config["seed"], "bind")
+    method, heard = built(config), (watcher.draws, watcher.warn)
+    offered = str(mini.GENERATOR), mini.vocabulary(), *heard, tuple(tasks), "seen"
+    method.bind(clip, Context(config["seed"], folder, config["stream"], *offered))
+    return method
+
+
+def noted(name: str, number: int, times: tuple[float, float]) -> dict[str, Any]:
+    """What every state's record holds. ``times``: when it began, and when it was learned."""
+    start, learned = times
+    return {
+        "task": name, "number": number, "losses": {}, "phases": {}, "remarks": {}, "gap": None,
+        "seconds": {"train": round(learned - start, 3), "evaluate": round(time.perf_counter() - learned, 3)},
+        "peak_memory_mb": peak_memory_mb(), "when": datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+    }  # fmt: skip
+
+
+def check_task(task: Task, method: Method) -> None:
+    """Refuse, before anything is computed, pictures and classes that the model cannot be shown or asked."""
+    Stream(task.name, (replace(task, index=0),), None, "", "").check(method.clip)

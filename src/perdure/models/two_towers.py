@@ -1,0 +1,244 @@
+"""An image and a text tower into one space, over a transformers model of any architecture: what they all do alike."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perdure.core.errors import PerdureError
+from perdure.core.features import Features
+from perdure.core.pixels import Fit, as_floats, resized
+from perdure.models.held import Held
+from perdure.models.loading import Preprocessing
+from perdure.models.recompute import in_parts
+from perdure.models.towers import Part, Scores
+
+PARTS: dict[str, Part] = {
+    "vision_model": "image", "visual_projection": "image", "logit_scale": "scale", "logit_bias": "scale"
+}  # fmt: skip
+
+
+class TwoTowers(Held):
+    """Towers with their tokenizer and preprocessing; the hooks at the end are an architecture's own.
+
+    Weights are fp32 (the master copy); the caller's autocast decides how the towers compute. The final projections and
+    everything after them stay in fp32: bf16 hides small differences between similarities.
+    """
+
+    kind: ClassVar[str]  # transformers' model_type
+    usual: ClassVar[Preprocessing]  # where a checkpoint does not say
+    class_token: ClassVar[int]  # tokens of the image tower before the patches
+    remark: ClassVar[str] = ""  # what someone should know who uses it
+    tokenizer: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, backbone: nn.Module, tokenizer: Any, mean: Sequence[float], std: Sequence[float], path: str,
+        fit: Fit | None = None,
+    ):  # fmt: skip
+        super().__init__(backbone)
+        self.tokenizer = tokenizer
+        self.path = path
+        self.preprocessing = Preprocessing(tuple(mean), tuple(std), fit or self.usual.fit)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.revision = ""  # of a Hub id: the commit it was loaded from
+        self.note = ""  # what someone should know of how it was loaded
+        self.accumulate = 1  # parts that a batch is cut into where gradients are wanted
+        self.evaluation_batch = 256  # images at a time where none are
+        self._texts: dict[tuple[tuple[str, ...], ...], Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    @property
+    def size(self) -> int:
+        """The side of the images that the image tower sees, in pixels."""
+        return self.sides(self.backbone.config.vision_config)[0]
+
+    @property
+    def patches(self) -> int:
+        """Patches a side."""
+        return self.sides(self.backbone.config.vision_config)[1]
+
+    @property
+    def fit(self) -> Fit:
+        """How a picture is made a square of that size."""
+        return self.preprocessing.fit
+
+    @property
+    def view(self) -> tuple[int, Fit]:
+        """How it is shown pictures: ``images.at(*clip.view)``."""
+        return self.size, self.fit
+
+    # ---- logits
+
+    @property
+    def scale(self) -> Tensor:
+        """The factor between cosine similarities and logits, exp(logit_scale)."""
+        return self.backbone.logit_scale.exp()
+
+    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
+        """s·I·Tᵀ in fp32, of unit embeddings (B, D) and (C, D)."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.scale * images @ texts.T
+
+    def scaled(self, images: Tensor, texts: Tensor) -> Tensor:
+        """s·I·Tᵀ, without the bias that a model may add to it."""
+        logits = self.similarity(images, texts)
+        return logits if self.bias is None else logits - self.bias
+
+    def probabilities(self, logits: Tensor, scores: Scores = "softmax") -> Tensor:
+        """Of logits (B, C) of ``similarity``: over the classes (the bias cancels), or of each class for itself, as a model with
+        a bias was trained to say it. ``PerdureError`` for ``sigmoid`` of a model without."""
+        if scores == "softmax":
+            return logits.softmax(1)
+        self.check_bias("sigmoid scores")
+        return logits.sigmoid()
+
+    def check_bias(self, what: str) -> None:
+        """Refuse what only a model that was trained with a bias can do."""
+        if self.bias is None:
+            raise PerdureError(
+                f"{what}: {self.path} is a '{self.kind}' model, whose logits have no bias and mean nothing one by one. Use "
+                "softmax, or a SigLIP."
+            )
+
+    # ---- images
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8, or float in 0 … 1 → the vision tower's input, resized and normalised."""
+        x = as_floats(images.to(self.device))
+        if x.shape[-2:] != (self.size, self.size):
+            x = resized(x, self.size, self.fit)
+        return (x - self.mean) / self.std
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit image embeddings (B, D) in fp32, of images as ``pixels`` takes them."""
+        return in_parts(lambda some: self.project(self.pooled(self.seen(some))), images, self.accumulate)
+
+    def features(self, pixels: Any, block: int = 0, grid: int = 1) -> Features:
+        """Many images (N, 3, H, W), in memory or in files, ``evaluation_batch`` at a time, without gradients. ``block``: of
+        which block, counted from the last one as 1, the patches are wanted, as means over ``grid`` × ``grid`` fields; 0: of
+        none. Kept while ``remembering``. ``PerdureError`` where there is no such block or grid."""
+        side = self.checked_side(block, grid)
+
+        def features(images: Tensor) -> Features:
+            out = self.seen(images, hidden=block > 0)
+            pooled = self.pooled(out).float()
+            if not block:
+                return Features(self.project(pooled), pooled, pooled[:, :0])
+            tokens = out.hidden_states[-block][:, self.class_token :].float()
+            fields = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            return Features(self.project(pooled), pooled, F.adaptive_avg_pool2d(fields, grid).flatten(1))
+
+        def all_seen() -> Features:
+            return Features.cat([features(images) for images in pixels.split(self.evaluation_batch)])
+
+        with torch.no_grad():
+            return self.recall(("images", id(pixels), block, grid), pixels, all_seen)
+
+    def embeddings(self, pixels: Any) -> Tensor:
+        """``encode_image`` of many images, as ``features`` has it."""
+        return self.features(pixels).embedded
+
+    def checked_side(self, block: int, grid: int) -> int:
+        """Patches a side; refused where the image tower has no such block, or fewer patches than the grid has fields."""
+        blocks, side = self.backbone.config.vision_config.num_hidden_layers, self.patches
+        if block > blocks or grid > side:
+            raise PerdureError(
+                f"block={block}, grid={grid}: the image tower of {self.path} has {blocks} blocks and {side} × {side} patches."
+            )
+        return side
+
+    # ---- texts
+
+    def encode_tokens(self, ids: Tensor) -> Tensor:
+        """Unit text embeddings (N, D) in fp32, of token ids (N, L)."""
+        return in_parts(self.read, ids, self.accumulate)
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Unit text embeddings (N, D) in fp32."""
+        return self.encode_tokens(self.tokens(prompts))
+
+    @torch.no_grad()
+    def class_texts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
+        """(C, D): for each class the mean of its prompts' unit embeddings, made unit again.
+
+        Kept while the weights stay, and longer while ``remembering``; not to be used while they are being trained.
+        """
+        key = tuple(map(tuple, prompts))
+
+        def encoded() -> Tensor:
+            flat = [p for ps in prompts for p in ps]  # a text is shorter than an image: twice as many at a time
+            rows = torch.cat([self.encode_text(part) for part in chunks(flat, 2 * self.evaluation_batch)])
+            means = torch.stack([e.mean(0) for e in rows.split([len(ps) for ps in prompts])])
+            return F.normalize(means, dim=-1)
+
+        if key not in self._texts:
+            self._texts[key] = self.recall(("texts", key), None, encoded)
+        return self._texts[key]
+
+    def check_lengths(self, prompts: Sequence[str], lengths: Tensor) -> None:
+        """Refuse a prompt of more tokens (N,) than the text tower reads."""
+        context = self.backbone.config.text_config.max_position_embeddings
+        if int(lengths.max()) > context:
+            raise PerdureError(
+                f"The prompt '{prompts[int(lengths.argmax())]}' is {int(lengths.max())} tokens long; the text tower of "
+                f"{self.path} reads {context}. Shorten the class's name or its template."
+            )
+
+    # ---- weights
+
+    def part_of(self, name: str) -> Part:
+        """What the parameter ``name`` of the backbone belongs to; see ``Towers``."""
+        first = name.split(".")[0]
+        return PARTS.get(first, "text")
+
+    def changed(self, name: str) -> None:
+        """Its weights are others now: forget what was computed with the old ones."""
+        super().changed(name)
+        self._texts.clear()
+
+    # ---- an architecture's own
+
+    @classmethod
+    @abstractmethod
+    def sides(cls, vision: Any) -> tuple[int, int]:
+        """By the image tower's configuration: the side of its images in pixels, and in patches."""
+
+    @property
+    @abstractmethod
+    def bias(self) -> Tensor | None:
+        """What is added to logits; None: nothing."""
+
+    @abstractmethod
+    def seen(self, images: Tensor, hidden: bool = False) -> Any:
+        """What transformers' image tower gives of images as ``pixels`` takes them; ``hidden``: of every block too."""
+
+    @abstractmethod
+    def pooled(self, seen: Any) -> Tensor:
+        """(B, H): what stands for the whole images."""
+
+    @abstractmethod
+    def project(self, pooled: Tensor) -> Tensor:
+        """What the image tower pools (B, H) → unit embeddings (B, D), in fp32."""
+
+    @abstractmethod
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids (N, L) of prompts; ``PerdureError`` for one that the text tower cannot read whole."""
+
+    @abstractmethod
+    def read(self, ids: Tensor) -> Tensor:
+        """``encode_tokens`` of all ids at once."""
+
+
+def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
