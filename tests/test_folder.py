@@ -139,7 +139,7 @@ def empty(base: Path) -> None:
         (lambda base: (base / "stream.yaml").write_text("templates: ['no place']"), "exactly one"),
         (lambda base: (base / "stream.yaml").write_text("labels: some"), "labels is one of"),
         (lambda base: (base / "classes.json").write_text("[1]"), "folder: name"),
-        (lambda base: (base / "classes.json").write_text(json.dumps({"zero": ["a", "b"]})), "one name"),
+        (lambda base: (base / "classes.json").write_text(json.dumps({"zero": ["a", 3]})), "one name"),
         (
             lambda base: (base / "classes.json").write_text(json.dumps({"zero": "same", "one": "Same "})),
             "both called 'same'",

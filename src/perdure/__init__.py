@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from perdure.core.errors import PerdureError
 
 __version__ = "0.1.0"
-__all__ = ["CLIP", "Method", "PerdureError", "Stream", "__version__", "resume", "run"]
+__all__ = ["CLIP", "Method", "PerdureError", "Pictures", "Stream", "__version__", "resume", "run"]
 
 if TYPE_CHECKING:
+    from perdure.benchmarks.own.pictures import Pictures
     from perdure.data.task import Stream
     from perdure.launch import resume, run
     from perdure.methods.base import Method
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 # On first use: torch takes seconds to import.
 HOMES = {
     "run": "perdure.launch", "resume": "perdure.launch", "Stream": "perdure.data.task", "CLIP": "perdure.models.clip",
-    "Method": "perdure.methods.base",
+    "Method": "perdure.methods.base", "Pictures": "perdure.benchmarks.own.pictures",
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from perdure.engine.environment import environment
 from perdure.engine.settings import Settings, load_clip
 from perdure.engine.summary import FORMAT
 from perdure.launch.options import build_entry, method_options
-from perdure.launch.sources import find_method, find_stream
+from perdure.launch.sources import Asked, find_method, find_stream
 from perdure.methods.base import Method
 
 PRESETS = files("perdure") / "presets"
@@ -51,7 +51,7 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def configure(
-    method: str | type[Method], stream: str | Stream, seed: int, assignments: Given, preset: Mapping[str, Any],
+    method: str | type[Method], stream: Asked, seed: int, assignments: Given, preset: Mapping[str, Any],
     warn: Warn = to_stderr,
 ) -> tuple[dict[str, Any], Stream]:  # fmt: skip
     """The resolved configuration of a run, as ``config.json`` keeps it, and its stream. All errors come together."""
@@ -65,7 +65,7 @@ def configure(
             "method's another name."
         )
     given, complaints = (dict(assignments), []) if isinstance(assignments, Mapping) else pairs(assignments)
-    if "folder" in stream_source and not {**preset, **given}.get("model"):
+    if "where" in stream_source and not {**preset, **given}.get("model"):
         warn(
             f"{stream_name} is learned by the embedded CLIP, which reads pictures at 32 pixels and knows drawings. For "
             "photographs give one that knows more, as model=openai/clip-vit-base-patch16."
@@ -112,7 +112,7 @@ def check_rates(values: Mapping[str, Any], data: Stream, given: bool, warn: Warn
 
 
 def prepare(
-    method: str | type[Method], stream: str | Stream, seed: int, assignments: Given, preset: Mapping[str, Any],
+    method: str | type[Method], stream: Asked, seed: int, assignments: Given, preset: Mapping[str, Any],
     folder: Path | None = None, warn: Warn = to_stderr,
 ) -> dict[str, Any]:  # fmt: skip
     """``configure``, and what can only be checked with the model at hand: that it loads, and that the method can take it,

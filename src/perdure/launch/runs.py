@@ -32,13 +32,13 @@ from perdure.launch.folders import (
     seed_folders,
 )
 from perdure.launch.options import build_entry, method_options
-from perdure.launch.sources import find_method, find_stream, reopened
+from perdure.launch.sources import Asked, find_method, find_stream, reopened
 from perdure.methods.base import Method
 from perdure.ops.metrics import interval
 
 
 def begin(
-    method: str | type[Method], stream: str | Stream, folder: Path, *, seed: int = 0, seeds: int = 1,
+    method: str | type[Method], stream: Asked, folder: Path, *, seed: int = 0, seeds: int = 1,
     overwrite: bool = False, preset: str | None = None, assignments: Given = (), go_on: bool = False,
     warn: Warn = to_stderr,
 ) -> None:  # fmt: skip
@@ -78,7 +78,7 @@ def check_kind(folder: Path, several: list[Path]) -> None:
 
 
 def run(
-    method: str | type[Method], stream: str | Stream, out: str | Path | None = None, *, seed: int = 0,
+    method: str | type[Method], stream: Asked, out: str | Path | None = None, *, seed: int = 0,
     overwrite: bool = False, preset: str | None = None, watcher: Watcher | Sequence[Watcher] | None = None, **values: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Run ``method`` on ``stream`` and return the metrics (the content of ``out/metrics.json``).
@@ -107,7 +107,7 @@ def listening(watcher: Watcher | Sequence[Watcher] | None) -> Watcher:
 
 
 def reopen(
-    folder: Path, method: str | type[Method] | None = None, stream: str | Stream | None = None
+    folder: Path, method: str | type[Method] | None = None, stream: Asked | None = None
 ) -> tuple[dict[str, Any], Stream, Method]:
     """The configuration (as it was written), stream and unbound method of the run in ``folder``, checked against what is
     there now. ``method`` and ``stream``: what a run of objects was begun with."""
@@ -132,7 +132,7 @@ def reopen(
 
 def resume(
     folder: str | Path, watcher: Watcher | Sequence[Watcher] | None = None, *,
-    method: str | type[Method] | None = None, stream: str | Stream | None = None,
+    method: str | type[Method] | None = None, stream: Asked | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Go on with the run in ``folder`` after its last good task; return the metrics.
 
