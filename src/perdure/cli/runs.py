@@ -24,7 +24,7 @@ def run(
     stream: Annotated[
         str,
         typer.Option(
-            help="What is learned: a name (see 'perdure streams'), a folder of pictures, a CSV, YAML or Python file, hf:USER/NAME"
+            help="What is learned: a name (see 'perdure streams'), a folder of pictures, a CSV, YAML or Python file, hf:NAME"
         ),
     ] = "",
     image_key: ImageKey = "",

@@ -18,6 +18,7 @@ from perdure.core.config import options, pairs, resolve
 from perdure.core.errors import PerdureError, unknown
 from perdure.core.paths import expanded
 from perdure.data.task import Stream
+from perdure.data.tolerated import find_unreadable, without
 from perdure.engine.environment import environment
 from perdure.engine.settings import Settings, load_clip
 from perdure.engine.summary import FORMAT
@@ -79,7 +80,8 @@ def configure(
     values = resolve({**known, **general}, layer, preset, given, complaints=complaints)
     check_rates(values, data, "lr_by_task" in given, warn)
     settings = Settings(**{key: values[key] for key in general}).settled(data)
-    data = settings.select(data, seed)
+    left_out = find_unreadable(data, settings.unreadable, warn)
+    data = settings.select(without(data, left_out), seed)
     sources = {kind: s for kind, s in (("method", method_source), ("stream", stream_source)) if s}
     config = {
         "format": FORMAT,
@@ -89,6 +91,7 @@ def configure(
         "options": {key: values[key] for key in known},
         "settings": dataclasses.asdict(settings),
         "split": data.digest,
+        **({"left_out": left_out} if left_out else {}),
         **({"source": sources} if sources else {}),
         **({"data_root": str(root())} if stored(stream_name) else {}),
         "environment": environment(settings),

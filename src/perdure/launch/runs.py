@@ -16,6 +16,7 @@ from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.state import write_json
 from perdure.data.task import Stream
+from perdure.data.tolerated import without
 from perdure.engine.environment import environment
 from perdure.engine.run import run as engine_run
 from perdure.engine.settings import Settings
@@ -121,7 +122,8 @@ def reopen(
     entry = find_method(method)[0]
     known = {key: option for key, (_, option) in method_options(entry).items()}
     values = resolve(known, config["options"])  # an option that came later has its default
-    data = Settings.recorded(config["settings"]).select(find_stream(stream)[0](), config["seed"])
+    whole = without(find_stream(stream)[0](), config.get("left_out", []))
+    data = Settings.recorded(config["settings"]).select(whole, config["seed"])
     if data.digest != config["split"]:
         raise PerdureError(
             f"{folder} was run on another version of the stream {data.name} (its split differs). "
