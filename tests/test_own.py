@@ -175,7 +175,12 @@ def test_the_hub_is_asked_for_a_hub_id_alone(tmp_path: Path, monkeypatch: pytest
 
     asked: list[tuple[Any, ...]] = []
     made = saved(tmp_path)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *words: asked.append(words) or made)
+
+    def load_dataset(*words: Any) -> Any:
+        asked.append(words)
+        return made
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert loaded("hf:someone/pictures:small").name == "someone-pictures-small"
     assert asked == [("someone/pictures", "small")]
     made.save_to_disk(str(tmp_path / "one"))

@@ -77,7 +77,7 @@ def test_tasks_in_tars_numbers_captions_and_json(tmp_path: Path) -> None:
     pack(tmp_path / "s" / "digits" / "0.tar", {k: v for k, v in plain.items() if k.startswith("train/0")})
     pack(tmp_path / "s" / "digits" / "1.tar", {k: v for k, v in plain.items() if not k.startswith("train/0")})
     (tmp_path / "s" / "digits" / "classes.json").write_text(json.dumps(["nought", "one", "two"]))
-    files = {}
+    files: dict[str, bytes] = {}
     for k in range(2):
         for n, drawing in enumerate(drawings(food, k, 6)):
             files |= {f"{k}{n}.PNG": png(drawing), f"{k}{n}.json": json.dumps({"label": f"dish {k}x"}).encode()}

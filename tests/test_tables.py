@@ -185,7 +185,8 @@ def test_splits_of_a_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "keys", "said"),
     [
-        ("all", {"label_key": "a"}, "--label-key names a column of a table"), ("mini-mtil", {"task_key": "a"}, "--task-key names"),
+        ("all", {"label_key": "a"}, "--label-key names a column of a table"),
+        ("mini-mtil", {"task_key": "a"}, "--task-key names"),
         ("no.csv", {}, "There is no file"), ("t.csv", {"label_key": "lab"}, "no column 'lab'. Did you mean 'label'"),
     ],
 )  # fmt: skip

@@ -24,10 +24,12 @@ def opened(source: Source) -> Iterator[Image.Image]:
     16 bits keeps its range (processors cut it off at 255). ``DamagedFile`` for what cannot be read."""
     try:
         with LongTexts(), Image.open(readable(source)) as picture:
-            picture = ImageOps.exif_transpose(picture)
+            ImageOps.exif_transpose(picture, in_place=True)
+            picture.load()
+            whole: Image.Image = picture
             if picture.mode in DEEP:
-                picture = Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
-            yield picture.convert("RGB")
+                whole = Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
+            yield whole if whole.mode == "RGB" else whole.convert("RGB")
     except UNREADABLE as error:
         why = "its first bytes are no picture's" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DamagedFile(f"{source} is no image that can be read: {why.rstrip('.')}.") from None
