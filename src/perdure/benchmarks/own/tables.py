@@ -133,7 +133,10 @@ def chosen(table: Path, columns: Sequence[str], keys: Mapping[str, str]) -> dict
     for key, column in (("split_key", "split"), ("task_key", "task")):
         if key not in out and column in columns:
             option = f"--{key.replace('_', '-')}"
-            warnings.warn(f"{table}: its column '{column}' is not used; {option} {column} would.", stacklevel=2)
+            warnings.warn(
+                f"{table}: its column '{column}' is not used; {option} {column} would, of a table as a stream.",
+                stacklevel=2,
+            )
     return out
 
 
