@@ -142,6 +142,7 @@ def empty(base: Path) -> None:
         (lambda base: (base / "stream.yaml").write_text("order: [fod]"), "Did you mean 'food'"),
         (lambda base: (base / "stream.yaml").write_text("templates: ['no place']"), "exactly one"),
         (lambda base: (base / "stream.yaml").write_text("labels: some"), "labels is one of"),
+        (lambda base: (base / "stream.yaml").write_text("templates:"), "templates must be a list of words, not None"),
         (lambda base: (base / "classes.json").write_text("[1]"), "folder: name"),
         (lambda base: (base / "classes.json").write_text(json.dumps({"zero": ["a", 3]})), "one name"),
         (

@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def suffix(self) -> str:
-        return Path(self.rows[self.number][self.column]["path"] or "").suffix
+        return ""  # not known before the row is read
 
     def read_bytes(self) -> bytes:
         """The picture. ``OSError`` where the row holds none."""

@@ -55,11 +55,12 @@ def told_by(path: Path) -> Told:
     if not isinstance(content, dict):
         raise PerdureError(f"{path} must hold 'key: value' lines. Keys: {', '.join(KNOWN)}.")
     check_keys(content, KNOWN, str(path))
-    lists = {key: words(content, key, str(path)) for key in ("order", "templates") if content.get(key)}
+    lists = {key: words(content, key, str(path)) for key in ("order", "templates")}
     for key, allowed in CHOICES.items():
         if key in content and content[key] not in allowed:
             raise PerdureError(f"{path}: {key} is one of {', '.join(allowed)}, not {content[key]!r}.")
-    return Told(**{**content, **lists, "tasks": listed_tasks(content.get("tasks", []), str(path))})
+    said = {key: content[key] for key in CHOICES if key in content} | {key: some for key, some in lists.items() if some}
+    return Told(**said, tasks=listed_tasks(content.get("tasks", []), str(path)))
 
 
 def listed_tasks(tasks: Any, where: str) -> tuple[Mapping[str, Any], ...]:
