@@ -84,8 +84,9 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Run ``method`` on ``stream`` and return the metrics (the content of ``out/metrics.json``).
 
-    ``method``: a name, a file (``path/to/mine.py``) or a subclass of ``perdure.Method``; ``stream``: a name, a file or a
-    ``perdure.Stream``. ``values`` are options of the method or the run, as ``key=value`` is on the command line; those of a
+    ``method``: a name, a file (``path/to/mine.py``) or a subclass of ``perdure.Method``; ``stream``: a name, a file, a
+    place of pictures (a path, or ``perdure.Pictures``) or a ``perdure.Stream``.
+    ``values`` are options of the method or the run, as ``key=value`` is on the command line; those of a
     later role are written ``**{"fuse.alpha": 0.3}``. ``out`` defaults to ``runs/METHOD-STREAM-SEED``. ``watcher``: one or
     several that hear how it goes. Raises ``PerdureError`` for anything the caller can put right. Nothing that belongs to the
     caller (random states, threads, gradient mode, environment variables) is changed.

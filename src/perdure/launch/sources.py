@@ -208,8 +208,10 @@ def reopened(kind: str, name: str, source: Source) -> Any:
         )
     if not source:
         return name
-    if "where" in source:
-        pictures = Pictures(**source)
+    if "file" not in source:
+        pictures = Pictures(
+            **{key.replace("folder", "where"): word for key, word in source.items()}
+        )  # older runs: folder
         if pictures.gone():
             raise PerdureError(f"The pictures of this run lay in {pictures.where}, which is gone. Put it back.")
         return pictures
