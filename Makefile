@@ -41,6 +41,7 @@ bench: $(VENV)/.ready-dev
 	$(BIN)/python bench/condu_fusion.py
 	$(BIN)/python bench/head_features.py
 	$(BIN)/python bench/rows.py
+	$(BIN)/python bench/loader.py
 
 study: $(VENV)/.ready-dev
 	$(BIN)/python studies/gift.py

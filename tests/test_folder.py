@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+import torch
+from albums import pack, tasks, write
 
 import perdure
 from perdure.benchmarks import mini
@@ -17,23 +18,9 @@ from perdure.benchmarks.folder import load_folder
 from perdure.core.errors import PerdureError
 from perdure.data.task import Task
 from perdure.launch.configure import configure
+from perdure.models.clip import CLIP
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def write(task: Task, home: Path, classes: int, each: int, side: str = "train") -> None:
-    """Some of a task's drawings as PNG files, a folder a class."""
-    images = getattr(task, side)
-    for k, one in enumerate(task.classes[:classes]):
-        folder = home / one.name.replace(" ", "_")
-        folder.mkdir(parents=True)
-        for n, number in enumerate((images.labels == k).nonzero().squeeze(1)[:each].tolist()):
-            Image.fromarray(images.pixels[number].permute(1, 2, 0).numpy()).save(folder / f"{n}.png")
-
-
-def tasks(*names: str) -> list[Task]:
-    known = {t.name: t for t in mini.multi_domain("I").tasks}
-    return [known[name] for name in names]
 
 
 def names(task: Task) -> Sequence[str]:
@@ -122,6 +109,23 @@ def test_names_that_are_no_words_and_shared_classes_are_said(tmp_path: Path) -> 
         load_folder(tmp_path / "s")
 
 
+def test_wordnet_ids_are_known_and_a_class_may_have_several_words(tmp_path: Path, clip: CLIP) -> None:
+    (digits,) = tasks("digits")
+    write(digits, tmp_path / "mine", 3, 5)
+    for old, new in (("zero", "n01440764"), ("one", "n99999999")):
+        (tmp_path / "mine" / old).rename(tmp_path / "mine" / new)
+    with pytest.warns(UserWarning, match=r"'n99999999' is no word that a model could know \(1 of 3 classes\)"):
+        plain = load_folder(tmp_path / "mine")
+    assert names(plain.tasks[0]) == ["tench", "n99999999", "two"]
+    (tmp_path / "mine" / "classes.json").write_text(json.dumps({"n99999999": ["one", "a unit"], "n01440764": "zero"}))
+    one = load_folder(tmp_path / "mine").tasks[0].classes[1]
+    assert one.prompts() == ["a photo of a one.", "a photo of a a unit."] and one.name == "one"
+    texts = clip.encode_text(one.prompts())
+    mean = torch.nn.functional.normalize(texts.mean(0), dim=0)
+    assert torch.allclose(clip.class_texts([one.prompts()])[0], mean, atol=1e-6)
+    assert load_folder(tmp_path / "mine").digest != plain.digest  # what classes are called is part of what a run is
+
+
 def empty(base: Path) -> None:
     for folder in base.iterdir():
         shutil.rmtree(folder)
@@ -138,12 +142,21 @@ def empty(base: Path) -> None:
         (lambda base: (base / "stream.yaml").write_text("order: [fod]"), "Did you mean 'food'"),
         (lambda base: (base / "stream.yaml").write_text("templates: ['no place']"), "exactly one"),
         (lambda base: (base / "stream.yaml").write_text("labels: some"), "labels is one of"),
+        (lambda base: (base / "stream.yaml").write_text("templates:"), "templates must be a list of words, not None"),
         (lambda base: (base / "classes.json").write_text("[1]"), "folder: name"),
-        (lambda base: (base / "classes.json").write_text(json.dumps({"zero": ["a", "b"]})), "one name"),
+        (lambda base: (base / "classes.json").write_text(json.dumps({"zero": ["a", 3]})), "one name"),
         (
             lambda base: (base / "classes.json").write_text(json.dumps({"zero": "same", "one": "Same "})),
             "both called 'same'",
         ),
+        (
+            lambda base: (base / "digits" / "one").rename(base / "digits" / "Zero_"),
+            "'Zero_' and 'zero' are both called",
+        ),
+        (lambda base: pack(base / "digits" / "x.tar", {}), "holds tars .* and class folders"),
+        (lambda base: (base / "digits" / "photos.tar.gz").write_bytes(b""), "is compressed"),
+        (lambda base: (base / "stream.yaml").write_text("order: [food, food]"), "names 'food' twice"),
+        (lambda base: (base / "digits" / "classes.json").write_text('["zero", "one"'), "is damaged"),
     ],
 )
 def test_what_is_no_stream_is_said(spoil: Any, said: str, tmp_path: Path) -> None:

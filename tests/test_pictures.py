@@ -138,6 +138,19 @@ def test_crops_have_the_published_areas_and_aspects_and_odd_pictures_the_largest
     assert bool((across == 0.5).all())
 
 
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (640, 640), (50, 300), (300, 40), (1, 1), (7, 3)])
+def test_the_crop_of_one_picture_is_that_of_many(size: tuple[int, int]) -> None:
+    numbers = some_numbers(100, torch.Generator().manual_seed(size[0]))
+    tall, wide = (torch.full((100,), float(x)) for x in (size[1], size[0]))
+    for k, shares in enumerate(zip(*crop_shares(tall, wide, numbers), strict=True)):
+        left, top, right, bottom = crop_box(size, numbers[..., k])
+        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+        assert abs(right - left - max(1, shares[0].item() * size[0])) <= 0.51
+        assert abs(bottom - top - max(1, shares[1].item() * size[1])) <= 0.51
+        assert abs(left - shares[2].item() * (size[0] - (right - left))) <= 0.51
+        assert abs(top - shares[3].item() * (size[1] - (bottom - top))) <= 0.51
+
+
 def test_training_sees_what_lies_outside_the_middle_square(tmp_path: Path) -> None:
     """Both ends of a picture of 4:3 are red; its middle square is blue."""
     path = tmp_path / "flag.png"

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from perdure.core.errors import PerdureError
 
 __version__ = "0.1.0"
-__all__ = ["CLIP", "Learner", "Method", "PerdureError", "Stream", "__version__", "resume", "run"]
+__all__ = ["CLIP", "Learner", "Method", "PerdureError", "Pictures", "Stream", "__version__", "resume", "run"]
 
 if TYPE_CHECKING:
+    from perdure.benchmarks.own.pictures import Pictures
     from perdure.data.task import Stream
     from perdure.launch import resume, run
     from perdure.launch.learner import Learner
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 HOMES = {
     "run": "perdure.launch", "resume": "perdure.launch", "Stream": "perdure.data.task", "CLIP": "perdure.models.clip",
     "Method": "perdure.methods.base", "Learner": "perdure.launch.learner",
+    "Pictures": "perdure.benchmarks.own.pictures",
 }  # fmt: skip
 
 

@@ -1,113 +1,108 @@
-"""A stream from a folder of one's own pictures.
+"""A stream from a folder of one's own pictures, or from a YAML file that lists such folders.
 
     DIR/CLASS/*                          one task
     DIR/TASK/CLASS/*                     a task a folder, alphabetically
     …/train/CLASS/*, …/test/CLASS/*      either of them with a split of its own (val counts as test where there is no test)
 
-A class is asked for by its folder's name, or by what ``classes.json`` says (``{folder: name}``), beside the classes or in DIR.
-``stream.yaml`` in DIR may give ``order`` (of tasks), ``templates``, ``labels``, ``task_id``. Where there is no split, a fifth
-of each class is held out by the hash of its bytes: copies stay on one side, and adding pictures moves none to the other,
-but for a class so small that all fell on one side and one had to be chosen.
+In the place of CLASS/* there may be tars in WebDataset's form (``own/shards.py``) or pictures with a ``metadata.csv`` or
+``.jsonl`` (``own/tables.py``). A class is asked for by its folder's name, or by what ``classes.json`` says
+(``{folder: name}``), beside the classes or in DIR. ``stream.yaml`` in DIR may say more (``own/told.py``).
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
+from perdure.benchmarks.own import hub, tables
+from perdure.benchmarks.own.names import as_names, given_names
+from perdure.benchmarks.own.rows import SIDES, VALIDATION, Found, Row, stream_of
+from perdure.benchmarks.own.shards import shard_rows, shards_of
+from perdure.benchmarks.own.told import KEYS, Told, in_order, told_by
+from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
+from perdure.data.folders import PICTURES, folders, hidden, pictures
+from perdure.data.task import Stream
 
-from perdure.benchmarks import mini
-from perdure.core.errors import PerdureError, unknown
-from perdure.core.state import as_json, digest, read_json
-from perdure.data.checks import places_in
-from perdure.data.files import Files
-from perdure.data.folders import PICTURES, folders, hidden, pictures, say_odd_kinds
-from perdure.data.task import Class, Images, Stream, Task
-
-TEMPLATES = ("a photo of a {}.",)
-TRAINING, TESTING = ("train", "training"), ("test", "testing", "val", "valid", "validation")
-HELD_OUT = 5  # one in so many
-SIDE = 32  # until the model says its own
+WANTED = "{0}/CLASS/*, or {0}/TASK/CLASS/*"
 
 
-@dataclass(frozen=True)
-class Told:
-    """What lies beside the pictures in words: ``stream.yaml``."""
-
-    order: tuple[str, ...] = ()
-    templates: tuple[str, ...] = TEMPLATES
-    labels: str = "task"
-    task_id: str = "known"
-
-
-def load_folder(base: Path, name: str = "") -> Stream:
-    """The stream of a folder; ``name``: of its one task, in the place of the folder's. ``PerdureError`` for one that is laid
-    out in no known way, and for a name where there are several tasks."""
-    told, subs = told_by(base), folders(base)
-    if not subs:
-        raise PerdureError(
-            f"{base} holds no folders. Wanted: {base}/CLASS/*, or {base}/TASK/CLASS/*, with pictures in them."
-        )
-    alone = is_task(base)
-    homes = {name or base.name: base} if alone else {sub: base / sub for sub in subs}
-    if not alone:
+def load_folder(base: Path, alone: str = "") -> Stream:
+    """The stream of a folder; ``alone``: what its one task is called, in the place of the folder's name. ``PerdureError`` for
+    one that is laid out in no known way, and for a name where there are several tasks."""
+    told = told_by(base / "stream.yaml")
+    if told.tasks:
+        return load_listed(base / "stream.yaml", base.name)
+    if is_task(base):
+        homes = {alone or base.name: base}
+    else:
+        homes = {name: base / name for name in folders(base)}
         check_tasks(base, homes)
-        if name:
-            raise PerdureError(
-                f"{base} holds {len(homes)} tasks, which have names of their own: leave the name '{name}' out."
-            )
-    if strange := sorted(set(told.order) - set(homes)):
-        raise unknown("task in the order of stream.yaml", strange[0], sorted(homes))
-    names = [*told.order, *sorted(set(homes) - set(told.order))]
-    tasks, identity = [], []
-    for index, one in enumerate(names):
-        task, marks = task_of(one, homes[one], base, index, told)
-        tasks.append(task)
-        identity.append([one, marks])
-    say_shared(tasks, told.labels)
-    whole = digest(as_json([identity, list(told.templates)]))
-    notes = (f"Pictures of {base.name}: the user's own.",)
-    return Stream(
-        base.name, tuple(tasks), mini.probe(), str(mini.MODEL), whole, told.labels, told.task_id,
-        mini.multi_domain("I").defaults, notes, generator=str(mini.GENERATOR), vocabulary=mini.vocabulary(),
-    )  # fmt: skip
+        if alone:
+            raise PerdureError(f"{base} holds {len(homes)} tasks, which have names of their own: leave '{alone}' out.")
+    names = in_order(list(homes), told, "stream.yaml")
+    found = [found_in(name, homes[name], base, told.templates, given_names((base, homes[name]))) for name in names]
+    return stream_of(base.name, found, told)
 
 
-def told_by(base: Path) -> Told:
-    """What ``stream.yaml`` says, checked."""
-    path = base / "stream.yaml"
-    if not path.exists():
-        return Told()
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PerdureError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    known = ("order", "templates", "labels", "task_id")
-    if not isinstance(content, dict):
-        raise PerdureError(f"{path} must hold 'key: value' lines. Keys: {', '.join(known)}.")
-    if strange := [key for key in content if key not in known]:
-        raise unknown(f"key in {path}", str(strange[0]), known)
-    for key in ("order", "templates"):
-        given = content.get(key, [])
-        if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
-            raise PerdureError(f"{path}: {key} must be a list of words, not {given!r}.")
-    for key, allowed in (("labels", ("task", "seen", "all")), ("task_id", ("known", "hidden"))):
-        if key in content and content[key] not in allowed:
-            raise PerdureError(f"{path}: {key} is one of {', '.join(allowed)}, not {content[key]!r}.")
-    if wrong := [t for t in content.get("templates", []) if places_in(t) != [""]]:
+def load_listed(path: Path, name: str) -> Stream:
+    """The stream that a YAML file lists, task by task; or of the folder that it lies in, where it lists none."""
+    told = told_by(path)
+    if not told.tasks:
+        raise PerdureError(f"{path} lists no tasks. Say which: tasks: [{{folder: DIR}}, {{table: FILE.csv}}, …].")
+    found = [listed(one, path, told) for one in told.tasks]
+    places = {one.name: one for one in found}
+    if len(places) < len(found):
         raise PerdureError(
-            f"{path}: the template '{wrong[0]}' must hold exactly one {{}}, where the class's name goes."
+            f"{path}: two tasks have one name ({', '.join(one.name for one in found)}). Give each its 'name'."
         )
-    lists = {key: tuple(content[key]) for key in ("order", "templates") if content.get(key)}
-    return Told(**{**content, **lists})
+    return stream_of(name, [places[one] for one in in_order(list(places), told, str(path))], told)
+
+
+def listed(task: Mapping[str, Any], path: Path, told: Told) -> Found:
+    """One task of a YAML file."""
+    base, templates = path.parent, tuple(task.get("templates") or told.templates)
+    names = as_names(task.get("classes", {}), f"{path}, classes")
+    keys = {key: task[key] for key in KEYS if key in task}
+    if "dataset" in task:
+        where, what = hub.place_of(task["dataset"], base)
+        return hub.found_in(where, task.get("name", what), keys, names, templates)
+    place = base / expanded(task.get("folder") or task["table"])
+    name, names = task.get("name", place.stem if "table" in task else place.name), given_names((base, place)) | names
+    if "table" in task:
+        if not place.is_file():
+            raise PerdureError(f"{path}: there is no table {place}.")
+        (found,) = tables.found_in(place, keys, given_names((place.parent,)) | names, templates)
+        return Found(name, found.rows, found.names, templates, found.where)
+    if keys:
+        raise PerdureError(f"{path}: {next(iter(keys))} is for tables and data sets; {place} is a folder.")
+    if not place.is_dir() or not is_task(place):
+        raise PerdureError(f"{path}: {place} is no task: it holds no class folders, tars or metadata.csv.")
+    return found_in(name, place, place, templates, names)
+
+
+def found_in(name: str, home: Path, base: Path, templates: tuple[str, ...], names: Mapping[str, Any]) -> Found:
+    """The pictures of a task's folder."""
+    split = None if tables.metadata_of(home) else sides_of(home)
+    if split is None:
+        return Found(name, rows_in(home, base, ""), names, templates, str(home))
+    rows = [row for side, folder in split.items() for row in rows_in(folder, base, side)]
+    return Found(name, rows, names, templates, str(home))
+
+
+def rows_in(home: Path, base: Path, side: str) -> list[Row]:
+    """The pictures of a folder: those that a table in it lists, those in tars, or those in class folders."""
+    table, shards, classes = tables.metadata_of(home), shards_of(home), folders(home)
+    if table:
+        return tables.metadata_rows(table, base, side)
+    if shards:
+        if any(has_pictures(home / name) for name in classes):
+            raise PerdureError(f"{home} holds tars ({shards[0].name}) and class folders ({classes[0]}). Keep one kind.")
+        return shard_rows(shards, base, side)
+    return [
+        Row(path, path.relative_to(base).as_posix(), name, side) for name in classes for path in pictures(home / name)
+    ]
 
 
 def has_pictures(folder: Path) -> bool:
@@ -115,128 +110,33 @@ def has_pictures(folder: Path) -> bool:
     return any(p.suffix.lower() in PICTURES and p.is_file() and not hidden(Path(p.name)) for p in folder.iterdir())
 
 
-def sides_of(home: Path) -> tuple[Path, Path] | None:
+def sides_of(home: Path) -> dict[str, Path] | None:
     """Where a folder keeps the two sides of a split of its own."""
     subs = {name.lower(): home / name for name in folders(home)}
-    train = next((subs[name] for name in TRAINING if name in subs), None)
-    test = next((subs[name] for name in TESTING if name in subs), None)
-    return (train, test) if train and test else None
+    train = next((subs[name] for name in SIDES["train"] if name in subs), None)
+    test = next((subs[name] for name in (*SIDES["test"], *VALIDATION) if name in subs), None)
+    return {"train": train, "test": test} if train and test else None
 
 
 def is_task(home: Path) -> bool:
-    """Whether a folder is a task: class folders with pictures in them, or a split of such."""
-    return sides_of(home) is not None or any(has_pictures(home / name) for name in folders(home))
+    """Whether a folder is a task: class folders with pictures in them, tars, pictures in a table, or a split of such."""
+    if tables.metadata_of(home) or shards_of(home) or sides_of(home):
+        return True
+    return any(has_pictures(home / name) for name in folders(home))
 
 
 def check_tasks(base: Path, homes: Mapping[str, Path]) -> None:
     """Refuse folders that are no tasks, naming the first."""
+    wanted = WANTED.format(base)
+    if not homes:
+        raise PerdureError(f"{base} holds no folders. Wanted: {wanted}, with pictures in them.")
     odd = [home for home in homes.values() if not is_task(home)]
     if odd and len(odd) < len(homes):
         raise PerdureError(
             f"{base} holds folders of two kinds: {next(h for h in homes.values() if h not in odd).name} holds class folders, "
-            f"{odd[0].name} does not. Wanted: {base}/CLASS/*, or {base}/TASK/CLASS/*."
+            f"{odd[0].name} does not. Wanted: {wanted}."
         )
     if odd:
         raise PerdureError(
-            f"{base} holds no pictures where they are looked for. Wanted: {base}/CLASS/*, or {base}/TASK/CLASS/*; pictures end "
-            f"in {', '.join(PICTURES)}."
-        )
-
-
-def task_of(name: str, home: Path, base: Path, index: int, told: Told) -> tuple[Task, list[list[Any]]]:
-    """A task, and what identifies its pictures."""
-    split = sides_of(home)
-    if split:
-        both = [folders(side) for side in split]
-        if odd := sorted(set(both[1]) - set(both[0])):
-            raise PerdureError(f"{split[1]}: there are no training pictures of the class '{odd[0]}' ({split[0]}).")
-        kept = both[0]
-        sides = [{c: pictures(side / c) for c in own} for side, own in zip(split, both, strict=True)]
-    else:
-        kept = folders(home)
-        found = {c: hold_out(pictures(home / c)) for c in kept}
-        sides = [{c: both[side] for c, both in found.items()} for side in (0, 1)]
-        warnings.warn(
-            f"{home} has no split of its own: {sum(map(len, sides[1].values()))} of "
-            f"{sum(len(p) for side in sides for p in side.values())} pictures are held out for testing, by their bytes.",
-            stacklevel=2,
-        )
-    classes = classes_of(kept, home, base, told.templates)
-    listed = [[(p, k) for k, c in enumerate(kept) for p in side.get(c, [])] for side in sides]
-    say_odd_kinds(home, kept, listed[0])
-    made = [
-        Images(Files(tuple(p for p, _ in x), SIDE), torch.tensor([k for _, k in x], dtype=torch.int64)) for x in listed
-    ]
-    marks = [[p.relative_to(base).as_posix(), mark(p), kept[k], side] for side, x in enumerate(listed) for p, k in x]
-    return Task(name, classes, made[0], made[1], index), marks
-
-
-def mark(path: Path) -> str:
-    """The sha256 of a file, worked out again only where the file has changed."""
-    about = path.stat()
-    return mark_of(path, about.st_mtime_ns, about.st_size)
-
-
-@cache
-def mark_of(path: Path, changed: int, size: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def hold_out(found: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """One class's pictures for training and for testing, by the hash of their bytes; of two or more at least one on each
-    side, where they are not all copies."""
-    marks = {path: int(mark(path), 16) for path in found}
-    test = {path for path in found if marks[path] % HELD_OUT == 0}
-    by_hash = sorted(set(marks.values()))
-    if len(by_hash) > 1 and (not test or len(test) == len(found)):
-        test = {path for path in found if marks[path] == by_hash[0]}
-    elif len(by_hash) == 1:
-        test = set()
-    return [p for p in found if p not in test], [p for p in found if p in test]
-
-
-def classes_of(names: Sequence[str], home: Path, base: Path, templates: tuple[str, ...]) -> tuple[Class, ...]:
-    """Classes by their folders' names, or by what ``classes.json`` says."""
-    given: dict[str, Any] = {}
-    for path in dict.fromkeys((base / "classes.json", home / "classes.json")):
-        content = read_json(path) if path.exists() else {}
-        if not isinstance(content, dict):
-            raise PerdureError(f"{path} must say what each class folder is called: {{folder: name}}.")
-        given |= content
-    said = [given.get(name, name.replace("_", " ").replace("-", " ").strip()) for name in names]
-    if wrong := [name for name, word in zip(names, said, strict=True) if not isinstance(word, str) or not word.strip()]:
-        raise PerdureError(f"classes.json: the class '{wrong[0]}' must be given one name, not {given.get(wrong[0])!r}.")
-    if len(names) < 2:
-        raise PerdureError(f"{home} holds one class only ('{names[0]}'): there is nothing to tell apart.")
-    plain: dict[str, str] = {}
-    for name, word in zip(names, said, strict=True):
-        key = " ".join(word.lower().split())
-        if key in plain:
-            raise PerdureError(
-                f"{home}: the folders '{plain[key]}' and '{name}' are both called '{key}'. Put their pictures together, or "
-                "give one of them another name in classes.json."
-            )
-        plain[key] = name
-    if odd := [word for word in said if re.fullmatch(r"(class|label|category|n)?[ _]*\d+", word.lower())]:
-        warnings.warn(
-            f"{home}: '{odd[0]}' is no word that a model could know ({len(odd)} of {len(said)} classes). Say what the classes "
-            f'are in {home / "classes.json"}: {{"{names[said.index(odd[0])]}": "its name", …}}.',
-            stacklevel=2,
-        )
-    return tuple(Class(word, templates) for word in said)
-
-
-def say_shared(tasks: Sequence[Task], labels: str) -> None:
-    """Say which classes are in several tasks, and what that means."""
-    homes: dict[str, list[str]] = {}
-    for task in tasks:
-        for one in task.classes:
-            homes.setdefault(one.name, []).append(task.name)
-    shared = {name: own for name, own in homes.items() if len(own) > 1}
-    if shared and labels == "task":
-        name, own = next(iter(shared.items()))
-        warnings.warn(
-            f"{len(shared)} classes are in several tasks ('{name}' in {' and '.join(own)}): an image competes with the classes "
-            "of its own task; a head learns one row for both.",
-            stacklevel=2,
+            f"{base} holds no pictures where they are looked for. Wanted: {wanted}; pictures end in {', '.join(PICTURES)}."
         )

@@ -180,7 +180,9 @@ def mark(name: str, base: Path) -> str:
     task = load(name, base)
     sides = [
         [
-            [p.relative_to(base).as_posix() for p in x.pixels.paths] if isinstance(x.pixels, Files) else len(x),
+            [Path(str(p)).relative_to(base).as_posix() for p in x.pixels.paths]
+            if isinstance(x.pixels, Files)
+            else len(x),
             x.labels.tolist(),
         ]
         for x in (task.train, task.test)

@@ -12,6 +12,11 @@ from perdure.core.paths import expanded
 from perdure.terminal import console
 
 app = typer.Typer(help="Which data sets are there, and how to get the others.", rich_markup_mode="rich")
+ImageKey = Annotated[str, typer.Option(help="Of a table or data set: the column of the pictures (default: file_name).")]
+LabelKey = Annotated[str, typer.Option(help="Of a table or data set: the column of the classes (default: label).")]
+SplitKey = Annotated[str, typer.Option(help="Of a table: the column that says train, test or val.")]
+TaskKey = Annotated[str, typer.Option(help="Of a table: the column of the tasks.")]
+TextKey = Annotated[str, typer.Option(help="Of a table or data set: the column of captions (of a table: text).")]
 Root = Annotated[Path | None, typer.Option(help="Where data sets lie (default: $PERDURE_DATA, else data).")]
 
 
@@ -23,14 +28,22 @@ def base_of(root: Path | None) -> Path:
 
 @app.command()
 def check(
-    folder: Annotated[Path | None, typer.Argument(help="A folder of pictures of your own, to be read whole.")] = None,
+    folder: Annotated[
+        str | None,
+        typer.Argument(metavar="[PICTURES]", help="Pictures of your own, as --stream takes them, to be read whole."),
+    ] = None,
     root: Root = None,
     read: Annotated[bool, typer.Option("--read", help="Decode every picture, not the lists alone.")] = False,
+    image_key: ImageKey = "",
+    label_key: LabelKey = "",
+    split_key: SplitKey = "",
+    task_key: TaskKey = "",
 ) -> None:
     """Say which of MTIL's data sets are found, where they were looked for, their sizes, and how to get the others; or read
-    every picture of a folder of your own. Exit code 1 if something is missing or damaged."""
+    every picture of your own. Exit code 1 if something is missing or damaged."""
     from perdure.benchmarks import mtil
-    from perdure.benchmarks.folder import load_folder
+    from perdure.benchmarks.own.pictures import Pictures
+    from perdure.data.files import unreadable
     from perdure.data.task import Task
 
     screen, wrong = console(), 0
@@ -39,7 +52,7 @@ def check(
         screen.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def look(task: Task, decode: bool, more: str = "") -> int:
-        bad = [line for side in (task.train, task.test) for line in unreadable(side.pixels)] if decode else []
+        bad = [why for side in (task.train, task.test) for why in unreadable(side.pixels).values()] if decode else []
         sizes = f"{len(task.classes)} classes, {len(task.train)} training and {len(task.test)} test images"
         say(f"{task.name}: found, {sizes}{more}")
         for line in bad:
@@ -47,9 +60,13 @@ def check(
         return len(bad)
 
     if folder is not None:
-        for task in load_folder(expanded(folder).resolve()).tasks:
-            wrong += look(task, decode=True)
-        say(f"{wrong} pictures cannot be read." if wrong else "Every picture can be read.")
+        pictures = Pictures(folder, image_key, label_key, split_key, task_key).settled()
+        if not pictures.kind:
+            raise PerdureError(f"There are no pictures at {folder}. Give a folder, a CSV file or a YAML file.")
+        tasks = pictures.load().tasks
+        wrong = sum(look(task, decode=True) for task in tasks)
+        total = sum(len(side) for task in tasks for side in (task.train, task.test))
+        say(f"{wrong} pictures cannot be read, of {total}." if wrong else "Every picture can be read.")
         raise typer.Exit(1 if wrong else 0)
     base = base_of(root)
     for name, one in mtil.SETS.items():
@@ -80,18 +97,3 @@ def fetch(
     for name in names:
         task = mtil.load(name, base, fetch=True)
         console().print(f"{name}: {len(task.train)} training and {len(task.test)} test images in {base}", markup=False)
-
-
-def unreadable(pixels: object) -> list[str]:
-    """What is wrong with pictures in files, a line each."""
-    from perdure.core.errors import DamagedFile
-    from perdure.data.files import Files, opened, readers
-
-    def trouble(path: Path) -> str:
-        try:
-            with opened(path):
-                return ""
-        except DamagedFile as error:
-            return str(error)
-
-    return [line for line in readers().map(trouble, pixels.paths) if line] if isinstance(pixels, Files) else []

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from perdure.cli.data import ImageKey, LabelKey, SplitKey, TaskKey, TextKey
 from perdure.cli.results import check_page, finish, page_of, read_metrics
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
@@ -20,7 +21,17 @@ def run(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options; see 'perdure methods NAME'.")
     ] = None,
     method: Annotated[str, typer.Option(help="What learns: a name (see 'perdure methods') or a Python file.")] = "",
-    stream: Annotated[str, typer.Option(help="What is learned: a name (see 'perdure streams') or a Python file.")] = "",
+    stream: Annotated[
+        str,
+        typer.Option(
+            help="What is learned: a name (see 'perdure streams'), a folder of pictures, a CSV, YAML or Python file, hf:NAME"
+        ),
+    ] = "",
+    image_key: ImageKey = "",
+    label_key: LabelKey = "",
+    split_key: SplitKey = "",
+    task_key: TaskKey = "",
+    text_key: TextKey = "",
     preset: Annotated[str | None, typer.Option(help="A published setting by name, or a YAML file.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The (first) seed.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, each a run in OUT/seed_N.")] = 1,
@@ -41,10 +52,12 @@ def run(
             or "See: perdure methods, perdure streams."
         )
         raise PerdureError(f"{' and '.join(missing)} missing. {hint}")
-    names = f"{launch.method_entry(method).name}-{find_stream(stream)[1]}"
+    pictures = launch.Pictures(stream, image_key, label_key, split_key, task_key, text_key)
+    asked = pictures if pictures.keys else stream
+    names = f"{launch.method_entry(method).name}-{find_stream(asked)[1]}"
     folder = expanded(out or Path("runs") / f"{names}-{seed if seeds == 1 else f'{seeds}-seeds'}")
     launch.begin(
-        method, stream, folder, seed=seed, seeds=seeds, overwrite=overwrite, preset=preset,
+        method, asked, folder, seed=seed, seeds=seeds, overwrite=overwrite, preset=preset,
         assignments=assignments or [], go_on=go_on,
     )  # fmt: skip
     resume(folder)

@@ -9,10 +9,12 @@ from perdure.core.errors import PerdureError
 
 @dataclass(frozen=True)
 class Class:
-    """A class: its name and the prompt templates it is asked with; the first is the one training uses."""
+    """A class: its name and the prompt templates it is asked with; the first is the one training uses. ``also``: other words
+    for it; its text is the mean over all of them and all templates, but what it *is* stays its name."""
 
     name: str
     templates: tuple[str, ...]
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
@@ -21,4 +23,5 @@ class Class:
             raise PerdureError(f"The class '{self.name}' has no templates. Give a tuple, as ('a photo of a {{}}.',).")
 
     def prompts(self) -> list[str]:
-        return [template.format(self.name) for template in self.templates]
+        """Every word in every template, the name in the first template first."""
+        return [template.format(word) for word in (self.name, *self.also) for template in self.templates]

@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
-import struct
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image
 from torch import Tensor
 
-from perdure.core.errors import DamagedFile
 from perdure.core.pixels import CENTRE, Fit, as_floats
+from perdure.data.opening import looks_wrong, opened, trouble
+from perdure.data.places import Source
 from perdure.data.transforms import crop_box, random_resized_crop, some_numbers
-
-# What Pillow raises for damaged files.
-UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of 16-bit grey pictures
 
 
 @dataclass(frozen=True)
 class Files:
     """(N, 3, side, side) uint8, read when indexed as a checkpoint's image processor would: as ``fit`` says. ``crops`` cuts
-    from the whole picture.
+    from the whole picture. ``paths`` say where each lies: in a file of its own, in an archive, in a table.
 
     Indexed like a tensor, by a slice or by numbers (B,), it gives a tensor.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[Source, ...]
     side: int
     fit: Fit = CENTRE
 
@@ -44,9 +38,7 @@ class Files:
         return len(self.paths)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        chosen = self.select(index).paths
-        empty = torch.empty(0, 3, self.side, self.side, dtype=torch.uint8)
-        return torch.stack(list(readers().map(self.read, chosen))) if chosen else empty
+        return self.stacked(readers().map(self.read, self.select(index).paths))
 
     def at(self, side: int, fit: Fit = CENTRE) -> Files:
         """The same files, read at another size and another way: the model's."""
@@ -58,10 +50,20 @@ class Files:
         return replace(self, paths=tuple(self.paths[k] for k in numbers))
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """All images, ``size`` at a time."""
-        return (self[at : at + size] for at in range(0, max(1, len(self)), size))
+        """All images, ``size`` at a time; the next are read while the caller works on these."""
+        ready = readers().map(self.read, self.paths[:size])
+        for start in range(size, len(self), size):
+            following = readers().map(self.read, self.paths[start : start + size])
+            yield self.stacked(ready)
+            ready = following
+        yield self.stacked(ready)
 
-    def read(self, path: Path) -> Tensor:
+    def stacked(self, images: Iterable[Tensor]) -> Tensor:
+        """Images as one tensor, which may be empty."""
+        read = list(images)
+        return torch.stack(read) if read else torch.empty(0, 3, self.side, self.side, dtype=torch.uint8)
+
+    def read(self, path: Source) -> Tensor:
         """One picture, (3, side, side) uint8."""
         with opened(path) as picture:
             short, edge = min(picture.size), self.fit.edge or self.side
@@ -74,7 +76,7 @@ class Files:
         """(B, 3, size, size) uint8: random crops of the whole pictures ``index`` (B,), by ``numbers`` as ``some_numbers`` has
         them, antialiased."""
 
-        def one(job: tuple[Path, Tensor]) -> Tensor:
+        def one(job: tuple[Source, Tensor]) -> Tensor:
             with opened(job[0]) as picture:
                 crop = picture.crop(crop_box(picture.size, job[1]))
                 return as_tensor(crop.resize((size, size), Image.Resampling.BICUBIC))
@@ -87,58 +89,27 @@ def as_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture as RGB, the right way up. Of several frames the first; transparency is dropped, as image processors do; grey of
-    16 bits keeps its range (processors cut it off at 255). ``DamagedFile`` for what cannot be read."""
-    try:
-        with LongTexts(), Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode in DEEP:
-                picture = Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
-            yield picture.convert("RGB")
-    except UNREADABLE as error:
-        raise DamagedFile(f"{path} is no image that can be read: {error}.") from None
-
-
-def cannot_be_opened(pixels: Any, most: int) -> list[Path]:
+def cannot_be_opened(pixels: Any, most: int) -> list[Source]:
     """Pictures in files that are gone or no pictures by their first bytes, of at most ``most`` that are looked at, evenly
     spread: a cheap look, nothing is decoded."""
     if isinstance(pixels, Joined):
-        return [path for part in pixels.parts for path in cannot_be_opened(part, most)]
+        return [source for part in pixels.parts for source in cannot_be_opened(part, most)]
     if not isinstance(pixels, Files) or not len(pixels):
         return []
     places = torch.linspace(0, len(pixels) - 1, min(most, len(pixels))).round().long()
-
-    def trouble(path: Path) -> bool:
-        try:
-            with LongTexts(), Image.open(path):
-                return False
-        except UNREADABLE:
-            return True
-
     paths = pixels.select(places).paths
-    return [path for path, bad in zip(paths, readers().map(trouble, paths), strict=True) if bad]
+    return [source for source, bad in zip(paths, readers().map(looks_wrong, paths), strict=True) if bad]
 
 
-class LongTexts(contextlib.AbstractContextManager[None]):
-    """Lets Pillow read sound PNGs that carry long notes: only their pixels are wanted. Its limits are put back when the
-    last of several threads is done."""
-
-    lock, inside, limits = threading.Lock(), 0, (0, 0)
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if not LongTexts.inside:
-                LongTexts.limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-                PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
-            LongTexts.inside += 1
-
-    def __exit__(self, *failure: object) -> None:
-        with self.lock:
-            LongTexts.inside -= 1
-            if not LongTexts.inside:
-                PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = LongTexts.limits
+def unreadable(pixels: Any) -> dict[int, str]:
+    """Images in files that cannot be decoded, by their numbers, and what is wrong with each. All are decoded."""
+    if isinstance(pixels, Joined):
+        starts = itertools.accumulate(map(len, pixels.parts), initial=0)
+        found = [(start, unreadable(part)) for start, part in zip(starts, pixels.parts, strict=False)]
+        return {start + number: why for start, own in found for number, why in own.items()}
+    if not isinstance(pixels, Files):
+        return {}
+    return {number: why for number, why in enumerate(readers().map(trouble, pixels.paths)) if why}
 
 
 @cache

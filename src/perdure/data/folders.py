@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from perdure.core.errors import PerdureError
+from perdure.data.places import Source
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm", ".jp2", ".avif")
 LISTS = (".txt", ".csv", ".json", ".jsonl", ".xml", ".md", ".db", ".ini", ".mat")  # what lies beside pictures
@@ -39,7 +40,7 @@ def folders(base: Path) -> list[str]:
     return sorted(p.name for p in base.iterdir() if p.is_dir() and not hidden(Path(p.name)))
 
 
-def say_odd_kinds(base: Path, names: Sequence[str], listed: Sequence[tuple[Path, int]]) -> None:
+def say_odd_kinds(base: Path | str, names: Sequence[str], listed: Sequence[tuple[Source, int]]) -> None:
     """Say which classes come in another kind of file than most: a model may learn the kind in place of the class."""
     kinds: list[set[str]] = [set() for _ in names]
     for path, label in listed:

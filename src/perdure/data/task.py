@@ -180,7 +180,8 @@ class Stream:
                 if bad := cannot_be_opened(images.pixels, LOOKED_AT):
                     raise PerdureError(
                         f"{self.name}, {where}: {len(bad)} of its {side} pictures cannot be read, {bad[0]} the first. Put them "
-                        "right or take them away; perdure data check FOLDER reads every picture and names all."
+                        "right or take them away; perdure data check FOLDER reads every picture and names all; "
+                        "unreadable=0.01 leaves out such pictures, up to that share of all."
                     )
             check_texts(part.classes, clip, f"{self.name}, {where}")
         if self.labels == "seen":  # there the classes of all tasks compete

@@ -38,13 +38,25 @@ def crop_shares(
     return wide, tall, torch.where(missed, middle, across[0]), torch.where(missed, middle, down[0])
 
 
-def crop_box(size: tuple[int, int], numbers: Tensor) -> Box:
-    """The crop of a picture of ``size`` (width, height), in whole pixels as torchvision has it, by ``numbers`` (4, TRIES)."""
-    width, height = (torch.tensor([float(x)]) for x in size)
-    shares = [share.item() for share in crop_shares(height, width, numbers.unsqueeze(2))]
-    wide, tall = (max(1, round(share * x)) for share, x in zip(shares[:2], size, strict=True))
-    left, top = (round(place * (x - own)) for place, x, own in zip(shares[2:], size, (wide, tall), strict=True))
-    return left, top, left + wide, top + tall
+def crop_box(size: tuple[int, int], numbers: Tensor, scale: Range = SCALE, ratio: Range = RATIO) -> Box:
+    """The crop of a picture of ``size`` (width, height), in whole pixels as torchvision has it, by ``numbers`` (4, TRIES).
+
+    ``crop_shares`` of one picture, in plain numbers: threads that decode would wait for one another over so small tensors.
+    """
+    width, height = size
+    shares, spreads, across, down = numbers.tolist()
+    wide, tall = min(1, height * ratio[1] / width), min(1, width / (height * ratio[0]))
+    place = 0.5, 0.5
+    for share, spread in zip(shares, spreads, strict=True):
+        area = scale[0] + (scale[1] - scale[0]) * share
+        aspect = math.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * spread)
+        tried = math.sqrt(area * aspect * height / width), math.sqrt(area / aspect * width / height)
+        if max(tried) <= 1:
+            (wide, tall), place = tried, (across[0], down[0])
+            break
+    own = max(1, round(wide * width)), max(1, round(tall * height))
+    left, top = round(place[0] * (width - own[0])), round(place[1] * (height - own[1]))
+    return left, top, left + own[0], top + own[1]
 
 
 def random_resized_crop(

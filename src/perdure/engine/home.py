@@ -55,7 +55,7 @@ class Learned:
 
     @property
     def classes(self) -> tuple[Class, ...]:
-        return tuple(Class(name, tuple(templates)) for name, templates in self.about["classes"])
+        return read_classes(self.about["classes"])
 
     @property
     def marks(self) -> set[str]:
@@ -77,6 +77,16 @@ class Learned:
         if not paths or not all(path.is_file() for path in paths):
             return None
         return Images(Files(tuple(paths), *view), torch.tensor(self.about["labels"], dtype=torch.int64))
+
+
+def written(one: Class) -> list[Any]:
+    """A class as a record keeps it."""
+    return [one.name, list(one.templates), list(one.also)]
+
+
+def read_classes(kept: Sequence[Sequence[Any]]) -> tuple[Class, ...]:
+    """The inverse of ``written``, for several."""
+    return tuple(Class(name, tuple(templates), tuple(also)) for name, templates, also in kept)
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -196,9 +206,9 @@ def kept_tests(keep: Keep, images: Images) -> tuple[dict[str, dict[str, Tensor]]
             pixels = (pixels * 255).round().to(torch.uint8)
         return {"pictures": {"pixels": pixels, "labels": images.labels}}, {"keep": keep}
     if keep == "paths":
-        if not isinstance(images.pixels, Files):
+        if not isinstance(images.pixels, Files) or not all(isinstance(p, Path) for p in images.pixels.paths):
             raise PerdureError(
-                "keep=paths: the pictures lie in memory, so they have no paths. Choose keep=pictures or none."
+                "keep=paths: not all pictures are files of their own, so they have no paths. Choose keep=pictures or none."
             )
         return {}, {"keep": keep, "paths": [str(p) for p in images.pixels.paths], "labels": images.labels.tolist()}
     return {}, {"keep": keep}

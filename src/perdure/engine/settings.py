@@ -66,6 +66,15 @@ class Settings:
 
     shots: Annotated[int, Field(ge=0, description="training images a class, drawn by the seed (few-shot); 0: all")] = 0
 
+    unreadable: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of pictures that may be unreadable; all are then decoded first, those left out",
+        ),
+    ] = 0.0
+
     class_order: Annotated[
         str,
         BeforeValidator(str),

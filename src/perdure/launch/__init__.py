@@ -10,6 +10,7 @@
 """
 
 from perdure.benchmarks import STREAMS
+from perdure.benchmarks.own.pictures import Pictures
 from perdure.core.errors import PerdureError
 from perdure.engine.settings import load_clip
 from perdure.engine.watcher import Watcher
@@ -23,7 +24,7 @@ from perdure.launch.runs import begin, over_seeds, reopen, resume, run
 from perdure.launch.sources import method_entry, methods, stream_of
 
 __all__ = [
-    "DEMO", "STREAMS", "TRY_NEXT", "PerdureError", "Watcher", "begin", "build", "configure", "demo_folder", "export",
-    "generate", "is_finished", "load_clip", "method_entry", "method_options", "methods", "over_seeds", "prepare",
+    "DEMO", "STREAMS", "TRY_NEXT", "PerdureError", "Pictures", "Watcher", "begin", "build", "configure", "demo_folder",
+    "export", "generate", "is_finished", "load_clip", "method_entry", "method_options", "methods", "over_seeds", "prepare",
     "read_config", "read_preset", "reopen", "resume", "run", "same_run", "seed_folders", "stream_of",
 ]  # fmt: skip

@@ -18,11 +18,12 @@ from perdure.core.config import options, pairs, resolve
 from perdure.core.errors import PerdureError, unknown
 from perdure.core.paths import expanded
 from perdure.data.task import Stream
+from perdure.data.tolerated import find_unreadable, without
 from perdure.engine.environment import environment
 from perdure.engine.settings import Settings, load_clip
 from perdure.engine.summary import FORMAT
 from perdure.launch.options import build_entry, method_options
-from perdure.launch.sources import find_method, find_stream
+from perdure.launch.sources import Asked, find_method, find_stream
 from perdure.methods.base import Method
 
 PRESETS = files("perdure") / "presets"
@@ -51,7 +52,7 @@ def read_preset(name: str) -> dict[str, Any]:
 
 
 def configure(
-    method: str | type[Method], stream: str | Stream, seed: int, assignments: Given, preset: Mapping[str, Any],
+    method: str | type[Method], stream: Asked, seed: int, assignments: Given, preset: Mapping[str, Any],
     warn: Warn = to_stderr,
 ) -> tuple[dict[str, Any], Stream]:  # fmt: skip
     """The resolved configuration of a run, as ``config.json`` keeps it, and its stream. All errors come together."""
@@ -65,7 +66,7 @@ def configure(
             "method's another name."
         )
     given, complaints = (dict(assignments), []) if isinstance(assignments, Mapping) else pairs(assignments)
-    if "folder" in stream_source and not {**preset, **given}.get("model"):
+    if "where" in stream_source and not {**preset, **given}.get("model"):
         warn(
             f"{stream_name} is learned by the embedded CLIP, which reads pictures at 32 pixels and knows drawings. For "
             "photographs give one that knows more, as model=openai/clip-vit-base-patch16."
@@ -80,7 +81,8 @@ def configure(
     check_tasks(values, data, given, warn)
     check_parts(values)
     settings = Settings(**{key: values[key] for key in general}).settled(data)
-    data = settings.select(data, seed)
+    left_out = find_unreadable(data, settings.unreadable, warn)
+    data = settings.select(without(data, left_out), seed)
     sources = {kind: s for kind, s in (("method", method_source), ("stream", stream_source)) if s}
     config = {
         "format": FORMAT,
@@ -90,6 +92,7 @@ def configure(
         "options": {key: values[key] for key in known},
         "settings": dataclasses.asdict(settings),
         "split": data.digest,
+        **({"left_out": left_out} if left_out else {}),
         **({"source": sources} if sources else {}),
         **({"data_root": str(root())} if stored(stream_name) else {}),
         "environment": environment(settings),
@@ -124,7 +127,7 @@ def check_parts(values: Mapping[str, Any]) -> None:
 
 
 def prepare(
-    method: str | type[Method], stream: str | Stream, seed: int, assignments: Given, preset: Mapping[str, Any],
+    method: str | type[Method], stream: Asked, seed: int, assignments: Given, preset: Mapping[str, Any],
     folder: Path | None = None, warn: Warn = to_stderr,
 ) -> dict[str, Any]:  # fmt: skip
     """``configure``, and what can only be checked with the model at hand: that it loads, and that the method can take it,

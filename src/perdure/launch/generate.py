@@ -14,14 +14,14 @@ from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.data.task import silent
 from perdure.engine.settings import Settings
-from perdure.launch.sources import stream_of
+from perdure.launch.sources import Asked, stream_of
 from perdure.synthesis.replay import Replay, Synthesis
 
 GENERAL = ("device", "tasks", "threads")  # the settings of a run that matter here
 
 
 def generate(
-    stream: str, out: Path, *, seeds: Iterable[int] = (0,), assignments: Iterable[str] = (),
+    stream: Asked, out: Path, *, seeds: Iterable[int] = (0,), assignments: Iterable[str] = (),
     drawn: Callable[[str, int, int, int], None] = silent, warn: Callable[[str], None] = silent,
 ) -> int:  # fmt: skip
     """Draw the synthetic pairs that runs of ``stream`` will ask for, into ``out``; return how many were drawn now.

@@ -16,6 +16,7 @@ from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.state import write_json
 from perdure.data.task import Stream
+from perdure.data.tolerated import without
 from perdure.engine.environment import environment
 from perdure.engine.run import run as engine_run
 from perdure.engine.settings import Settings
@@ -32,13 +33,13 @@ from perdure.launch.folders import (
     seed_folders,
 )
 from perdure.launch.options import build_entry, method_options
-from perdure.launch.sources import find_method, find_stream, reopened
+from perdure.launch.sources import Asked, find_method, find_stream, reopened
 from perdure.methods.base import Method
 from perdure.ops.metrics import interval
 
 
 def begin(
-    method: str | type[Method], stream: str | Stream, folder: Path, *, seed: int = 0, seeds: int = 1,
+    method: str | type[Method], stream: Asked, folder: Path, *, seed: int = 0, seeds: int = 1,
     overwrite: bool = False, preset: str | None = None, assignments: Given = (), go_on: bool = False,
     warn: Warn = to_stderr,
 ) -> None:  # fmt: skip
@@ -78,13 +79,14 @@ def check_kind(folder: Path, several: list[Path]) -> None:
 
 
 def run(
-    method: str | type[Method], stream: str | Stream, out: str | Path | None = None, *, seed: int = 0,
+    method: str | type[Method], stream: Asked, out: str | Path | None = None, *, seed: int = 0,
     overwrite: bool = False, preset: str | None = None, watcher: Watcher | Sequence[Watcher] | None = None, **values: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Run ``method`` on ``stream`` and return the metrics (the content of ``out/metrics.json``).
 
-    ``method``: a name, a file (``path/to/mine.py``) or a subclass of ``perdure.Method``; ``stream``: a name, a file or a
-    ``perdure.Stream``. ``values`` are options of the method or the run, as ``key=value`` is on the command line; those of a
+    ``method``: a name, a file (``path/to/mine.py``) or a subclass of ``perdure.Method``; ``stream``: a name, a file, a
+    place of pictures (a path, or ``perdure.Pictures``) or a ``perdure.Stream``.
+    ``values`` are options of the method or the run, as ``key=value`` is on the command line; those of a
     later role are written ``**{"fuse.alpha": 0.3}``. ``out`` defaults to ``runs/METHOD-STREAM-SEED``. ``watcher``: one or
     several that hear how it goes. Raises ``PerdureError`` for anything the caller can put right. Nothing that belongs to the
     caller (random states, threads, gradient mode, environment variables) is changed.
@@ -107,7 +109,7 @@ def listening(watcher: Watcher | Sequence[Watcher] | None) -> Watcher:
 
 
 def reopen(
-    folder: Path, method: str | type[Method] | None = None, stream: str | Stream | None = None
+    folder: Path, method: str | type[Method] | None = None, stream: Asked | None = None
 ) -> tuple[dict[str, Any], Stream, Method]:
     """The configuration (as it was written), stream and unbound method of the run in ``folder``, checked against what is
     there now. ``method`` and ``stream``: what a run of objects was begun with."""
@@ -116,7 +118,8 @@ def reopen(
     os.environ.setdefault("PERDURE_DATA", config.get("data_root", "data"))
     if not isinstance(stream, Stream):
         stream = reopened("stream", config["stream"], sources.get("stream", {}))
-    data = Settings.recorded(config["settings"]).select(find_stream(stream)[0](), config["seed"])
+    whole = without(find_stream(stream)[0](), config.get("left_out", []))
+    data = Settings.recorded(config["settings"]).select(whole, config["seed"])
     if data.digest != config["split"]:
         raise PerdureError(
             f"{folder} was run on another version of the stream {data.name} (its split differs). "
@@ -136,7 +139,7 @@ def built(config: Mapping[str, Any], method: str | type[Method] | None = None) -
 
 def resume(
     folder: str | Path, watcher: Watcher | Sequence[Watcher] | None = None, *,
-    method: str | type[Method] | None = None, stream: str | Stream | None = None,
+    method: str | type[Method] | None = None, stream: Asked | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Go on with the run in ``folder`` after its last good task; return the metrics.
 

@@ -12,13 +12,13 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from perdure.benchmarks import STREAMS
-from perdure.benchmarks.folder import load_folder
+from perdure.benchmarks.own.pictures import Pictures
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.registry import Entry, Registry
@@ -27,7 +27,10 @@ from perdure.data.task import Stream
 from perdure.methods import load_all
 from perdure.methods.base import METHODS, Method, Row
 
-Source = dict[str, str]  # {"file": …, "sha256": …}, or {"object": …}; empty: the package's own, or an entry point's
+Asked = str | Pictures | Stream  # how a stream is asked for
+# {"file": …, "sha256": …}, {"where": …} of pictures with the columns that were named, or {"object": …}; empty: the package's
+# own, or an entry point's.
+Source = dict[str, str]
 # What importing somebody's file may raise; anything else is no mistake in a file.
 MISTAKES = (
     SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError, OSError,
@@ -84,22 +87,23 @@ def method_of_class(kind: type[Method]) -> tuple[Entry[Any], Source]:
     return entry, {"object": kind.__qualname__}
 
 
-def find_stream(what: str | Stream) -> tuple[Callable[[], Stream], str, Source]:
-    """What makes a stream given by name, file, folder of pictures or as an object; its name, and where it comes from."""
+def find_stream(what: Asked) -> tuple[Callable[[], Stream], str, Source]:
+    """What makes a stream given by name, file, as pictures or as an object; its name, and where it comes from."""
     plug_in("perdure.streams")
     if isinstance(what, Stream):
         return lambda: what, what.name, {"object": what.name}
-    if is_file(what):
+    if isinstance(what, str) and is_file(what):
         entry, source = from_file(what, STREAMS, stream_in)
         return entry.value, entry.name, source
-    if all(e.name != what for e in STREAMS) and expanded(what).is_dir():
-        base = expanded(what).resolve()
-        return partial(load_folder, base), base.name, {"folder": str(base)}
-    return STREAMS[what].value, what, {}
+    pictures = what if isinstance(what, Pictures) else Pictures(what)
+    if not pictures.keys and (not pictures.kind or any(e.name == pictures.where for e in STREAMS)):
+        return STREAMS[pictures.where].value, pictures.where, {}
+    pictures = pictures.settled()
+    return pictures.load, pictures.name, {"where": pictures.where, **pictures.keys}
 
 
-def stream_of(what: str | Stream) -> Stream:
-    """A stream given by name, file or as an object."""
+def stream_of(what: Asked) -> Stream:
+    """A stream given by name, file, as pictures or as an object."""
     return find_stream(what)[0]()
 
 
@@ -195,8 +199,8 @@ def stream_in(module: ModuleType) -> dict[str, Any]:
     return {Path(str(module.__file__)).stem: made} if callable(made) else {}
 
 
-def reopened(kind: str, name: str, source: Source) -> str:
-    """The word that finds a recorded method or stream again. ``PerdureError`` where its file is gone or another."""
+def reopened(kind: str, name: str, source: Source) -> Any:
+    """What finds a recorded method or stream again: a word, or pictures. ``PerdureError`` where its file is gone or another."""
     if "object" in source:
         raise PerdureError(
             f"The {kind} '{name}' of this run was handed over as an object, which only Python code can do again: "
@@ -204,12 +208,13 @@ def reopened(kind: str, name: str, source: Source) -> str:
         )
     if not source:
         return name
-    if "folder" in source:
-        if not Path(source["folder"]).is_dir():
-            raise PerdureError(
-                f"The pictures of this run lay in {source['folder']}, which is gone. Put the folder back."
-            )
-        return source["folder"]
+    if "file" not in source:
+        pictures = Pictures(
+            **{key.replace("folder", "where"): word for key, word in source.items()}
+        )  # older runs: folder
+        if pictures.gone():
+            raise PerdureError(f"The pictures of this run lay in {pictures.where}, which is gone. Put it back.")
+        return pictures
     path = Path(source["file"])
     if not path.is_file():
         raise PerdureError(f"The {kind} '{name}' of this run was read from {path}, which is gone. Put the file back.")

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from perdure.benchmarks.folder import load_folder, mark
+from perdure.benchmarks.folder import load_folder
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.state import digest
 from perdure.data.files import Files
+from perdure.data.places import mark
 from perdure.data.task import Images, Stream, Task
-from perdure.engine.home import Learned, known_as
+from perdure.engine.home import Learned, known_as, written
 from perdure.launch.sources import find_stream
 
 
@@ -107,7 +108,7 @@ def prepared(task: Task, learned: Sequence[Learned]) -> tuple[Task | None, dict[
             "learns them anew."
         )
     about = {
-        "classes": [[c.name, list(c.templates)] for c in task.classes], "train": len(task.train), "test": len(task.test),
+        "classes": [written(c) for c in task.classes], "train": len(task.train), "test": len(task.test),
         "marks": own,
     }  # fmt: skip
     return task, about, said

@@ -14,8 +14,9 @@ from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.state import read_tensors, write_bytes
 from perdure.data.files import Files
-from perdure.data.task import Class, Images, Probe
+from perdure.data.task import Images, Probe
 from perdure.engine.checkpoint import as_bytes
+from perdure.engine.home import read_classes, written
 from perdure.models.clip import CLIP
 
 PROBE = "probe.safetensors"
@@ -29,7 +30,7 @@ def described(folder: str, embedded: bool) -> dict[str, Any]:
         return {
             "kind": "pictures",
             "folder": str(base),
-            "classes": [[c.name, list(c.templates)] for c in probe.classes],
+            "classes": [written(c) for c in probe.classes],
         }
     return {"kind": "embedded" if embedded else "none"}
 
@@ -38,7 +39,10 @@ def read_probe(base: Path) -> Probe:
     """All pictures of a folder ``CLASS/*`` as a probe."""
     if not base.is_dir():
         raise PerdureError(f"The probe {base} is no folder. Give one with CLASS/* of pictures that no task teaches.")
-    (task,) = load_folder(base, "the probe").tasks
+    tasks = load_folder(base, "the probe").tasks
+    if len(tasks) > 1:
+        raise PerdureError(f"The probe {base} holds {len(tasks)} tasks. Give a folder with CLASS/* in it.")
+    task = tasks[0]
     pixels = Files(tuple(p for side in (task.train, task.test) for p in side.pixels.paths), task.train.pixels.side)
     return Probe(task.classes, Images(pixels, torch.cat([task.train.labels, task.test.labels])))
 
@@ -59,7 +63,7 @@ def probe_of(folder: Path, config: Mapping[str, Any], clip: CLIP) -> Probe | Non
         return mini.probe()
     if about["kind"] == "none":
         return None
-    classes = tuple(Class(name, tuple(templates)) for name, templates in about["classes"])
+    classes = read_classes(about["classes"])
     if "sha256" in about:
         found = read_tensors(folder / PROBE, about["sha256"])
         return Probe(classes, Images(found["pixels"], found["labels"]))
