@@ -20,6 +20,7 @@ from perdure.methods.moe_adapters import MoEAdapters
 from perdure.models import selector
 from perdure.models.clip import CLIP
 from perdure.models.experts import Mixture
+from perdure.models.recompute import by_blocks
 from perdure.training import selecting
 from perdure.training.fit import fit
 
@@ -105,6 +106,24 @@ def test_texts_are_routed_once_and_as_one_by_one(clip: CLIP) -> None:
         assert not torch.allclose(once, CLIP.load(str(mini.MODEL)).encode_text(digits.prompts()), atol=1e-3)
 
 
+def test_towers_that_keep_less_learn_and_count_the_same() -> None:
+    found = []
+    for less in (False, True):
+        clip = CLIP.load(str(mini.MODEL))
+        if less:
+            by_blocks(clip.backbone)
+        method, _ = learned(clip, "digits")
+        found.append((module_state(method), {n: m.counts for n, m in method.mixtures.items()}))
+    assert found[0][1] == found[1][1] and all(sum(counts) == 2 * n for n, counts in sent(found[0][1]))
+    for name, tensor in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def sent(counts: dict[str, list[int]]) -> list[tuple[int, list[int]]]:
+    """How many images (3 steps of 8) or texts (3 times ten digits) a block saw, and its counts."""
+    return [(24 if name.startswith("vision") else 30, own) for name, own in counts.items()]
+
+
 def test_sparse_and_dense_mixtures_answer_alike() -> None:
     torch.manual_seed(0)
     mixture = Mixture(6, experts=5, top=2, bottleneck=4, dropout=0.0, route=lambda: 0, alike=False)
@@ -151,6 +170,10 @@ def test_batches_are_decided_by_their_mean_images_each_for_itself() -> None:
 def test_what_cannot_be_is_refused(clip: CLIP, tmp_path: Path) -> None:
     with pytest.raises(PerdureError, match="top_k=3: a block has 2 experts"):
         MoEAdapters(experts=2, top_k=3).bind(clip)
+    other = CLIP.load(str(mini.MODEL))
+    other.kind = "siglip"  # type: ignore[misc]
+    with pytest.raises(PerdureError, match="routes by a class token .* the siglip at"):
+        MoEAdapters().bind(other)
     with pytest.raises(PerdureError, match="no such folder"):
         MoEAdapters(reference=str(tmp_path / "nowhere")).bind(CLIP.load(str(mini.MODEL)))
 
