@@ -72,6 +72,7 @@ def load_folder(base: Path) -> Stream:
     return Stream(
         base.name, tuple(tasks), mini.probe(), str(mini.MODEL), whole, told.labels, told.task_id,
         mini.multi_domain("I").defaults, notes, generator=str(mini.GENERATOR), vocabulary=mini.vocabulary(),
+        drawings=mini.multi_domain("I").drawings,
     )  # fmt: skip
 
 

@@ -77,12 +77,14 @@ class CLIP(Held):
         with torch.autocast(images.device.type, enabled=False):
             return self.scale * images @ texts.T
 
+    def sized(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8, or float in 0 … 1 → (B, 3, size, size) float in 0 … 1."""
+        x = as_floats(images.to(self.device))
+        return x if x.shape[-2:] == (self.size, self.size) else resized(x, self.size)
+
     def pixels(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8, or float in 0 … 1 → the vision tower's input, resized and normalised."""
-        x = as_floats(images.to(self.device))
-        if x.shape[-2:] != (self.size, self.size):
-            x = resized(x, self.size)
-        return (x - self.mean) / self.std
+        return (self.sized(images) - self.mean) / self.std
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (N, L), cut after the longest end token: CLIP's text tower is causal, later tokens change nothing."""
