@@ -45,8 +45,8 @@ def options(flags: Mapping[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def chosen(run: str, flags: Mapping[str, Any]) -> Method:
-    """The method that a run of the release is, under its name in perdure."""
+def chosen(run: str, flags: Mapping[str, Any], changed: Mapping[str, Any]) -> Method:
+    """The method that a run of the release is, under its name in perdure. ``changed``: options that differ from it."""
     values, more = options(flags), dict[str, Any]()
     name = {"wise_ft_zeroshot": "wise_ft", "we_wise": "we", "moving_avg": "we"}.get(run, run)
     if name == "zscl":
@@ -60,7 +60,7 @@ def chosen(run: str, flags: Mapping[str, Any]) -> Method:
         more = {"memory": flags["memory_size"], "herding": "release", "memory_split": "release", "lr": 1e-5}
         more["lr_by_task"] = rates
     known = {key: option.default for key, (_, option) in launch.method_options(launch.method_entry(name)).items()}
-    return launch.build(name, {**known, **{k: v for k, v in {**values, **more}.items() if k in known}})
+    return launch.build(name, {**known, **{k: v for k, v in {**values, **more, **changed}.items() if k in known}})
 
 
 class Trial:
@@ -85,7 +85,7 @@ class Trial:
         monkeypatch.setattr(zscl, "batches", self.order)
         monkeypatch.setattr(training, "crops", lambda pixels, index, size, numbers: pixels[index])
         monkeypatch.setattr(reference, "random_sentences", lambda *_: t[f"{run}/sentences{self.now}"].long())
-        self.method = chosen(run, {**self.about["hyper_parameters"], **found["flags"], **values})
+        self.method = chosen(run, {**self.about["hyper_parameters"], **found["flags"]}, values)
         shown = t.get("reference_images", torch.zeros(1, 3, 1, 1))
         drawings = Images(shown, torch.zeros(len(shown), dtype=torch.long))
         texts = tuple(Class(f"text {k}", ("{}",)) for k in range(len(t.get("reference_tokens", []))))

@@ -51,7 +51,9 @@ class Config(ReferenceRecipe, DistillationRecipe, Recipe):
     average: Annotated[
         Literal["none", "we", "we_wise", "moving"], Field(description="which mean of the weights a task leaves")
     ] = "we"
-    average_every: Annotated[int, Field(ge=1, le=10**9, description="I, steps between two moments of averaging")] = 100
+    average_every: Annotated[
+        int, Field(ge=0, le=10**9, description="I, steps between two moments of averaging; 0: a tenth of a task's (100 of 1,000)")
+    ] = 0
     wise_alpha: Annotated[float, Field(ge=0, le=1, description="we_wise: a, share of the mean")] = 0.98
     moving_decay: Annotated[float, Field(ge=0, le=1, description="moving: d, share of the weights in training")] = 0.999
     moving_towards: Annotated[
@@ -71,6 +73,11 @@ class ZSCL(Method):
         super().bind(clip, context)
         c = self.config
         c.check_reaches(c.towers)
+        if c.average.startswith("we") and not c.epochs and 0 < c.iterations < c.average_every:
+            raise PerdureError(
+                f"average_every={c.average_every}: the only moment of averaging in {c.iterations} iterations is the first step, "
+                "so the mean would be where the task began. Set average_every=0, or lower than iterations."
+            )
         if c.average == "moving" and c.moving_towards == "initial" and c.adapt == "lora":
             raise PerdureError(
                 "moving_towards=initial: adapters have no pre-trained weights to go back to. Set moving_towards=previous, or "
@@ -92,11 +99,12 @@ class ZSCL(Method):
         self.goal = dict(self.anchor)  # of moving
         if c.average == "moving" and c.moving_towards == "initial":
             self.goal = {name: self.clip.pretrained[name] for name in learns}
-        self.joined = 0
+        steps, self.joined = self.schedule(task).steps, 0
+        self.every = c.average_every or max(1, (steps - 1) // 10)
         if c.distils:
             pixels = self.references.pixels(task)
             order = torch.Generator().manual_seed(derive(self.context.seed, task.name, "order of the references"))
-            plan = islice(batches(len(pixels), c.reference_batch, order), self.schedule(task).steps)
+            plan = islice(batches(len(pixels), c.reference_batch, order), steps)
             self.distiller.begin(pixels, self.references.texts(task), list(plan))
 
     @property
@@ -125,7 +133,7 @@ class ZSCL(Method):
     @torch.no_grad()
     def stepped(self, step: int) -> None:
         c = self.config
-        if c.average == "none" or (step - 1) % c.average_every:
+        if c.average == "none" or (step - 1) % self.every:
             return
         self.joined += 1
         for name, parameter in self.parameters().items():
