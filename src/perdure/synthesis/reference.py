@@ -61,6 +61,11 @@ class Reference:
         self.config, self.context, self.clip = config, context, clip
         self.paths: list[Path] = []
         if config.reference == "synthetic":
+            if config.generator == "stream" and not (context.generator or config.pairs):
+                raise PerdureError(
+                    "There are no reference images: this stream has no generator to draw them. Set reference to a folder of "
+                    "pictures or to own, or generator to a text-to-image model, or pairs to a folder of pairs."
+                )
             self.replay = Replay(config, context, clip.size, clip.device.type, clip.tokens)
         elif config.reference == "drawings" and context.drawings is None:
             raise PerdureError(
@@ -80,7 +85,7 @@ class Reference:
 
     def listed(self, folder: Path) -> list[Path]:
         """The pictures below a folder. ``PerdureError`` where it is none, holds none, or some cannot be read."""
-        if not folder.is_dir():
+        if not self.config.reference or not folder.is_dir():
             raise PerdureError(
                 f"reference={self.config.reference}: there is no such folder. Give a folder of pictures, or one of "
                 f"{', '.join(NAMED)}."

@@ -1,0 +1,223 @@
+"""ZSCL, LwF and their kin as methods: references, what is seen once, averaging under a fusion, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHORT
+from PIL import Image
+from torch import Tensor
+
+from perdure import launch
+from perdure.benchmarks import mini
+from perdure.core.errors import PerdureError
+from perdure.core.seeding import reseed
+from perdure.data.task import Context, Stream, Task
+from perdure.methods.base import Method
+from perdure.methods.compose import Compose
+from perdure.methods.condu import ConDU
+from perdure.methods.finetune import FineTune
+from perdure.methods.merge import Merge
+from perdure.methods.zscl import LWF, LWF_VR, ZSCL
+from perdure.models.clip import CLIP
+from perdure.synthesis.reference import Reference, ReferenceRecipe, random_sentences
+from perdure.training.fit import fit
+
+BRIEF: dict[str, Any] = dict(iterations=3, warmup=1, lr=1e-3, batch_size=8, reference_batch=8, reference="drawings")
+
+
+def learn(method: Method, task: Task) -> dict[str, list[float]]:
+    """A task, as the loop over tasks has it."""
+    method.start(task)
+    method.begin_task(method.material(task))
+    losses = fit(method, method.material(task), reseed(0, 1), method.clip.size, method.clip.device)
+    method.clip.trained(f"trained {task.name}")
+    method.fuse(task)
+    return losses
+
+
+def folder_of(base: Path, stream: Stream) -> Path:
+    """A few pictures, a folder a class."""
+    task = stream.tasks[0]
+    for k in range(0, 48, 6):
+        name = task.classes[int(task.train.labels[k])].name
+        (base / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(task.train.pixels[k].permute(1, 2, 0).numpy()).save(base / name / f"{k}.png")
+    return base
+
+
+def test_every_kind_of_reference(clip: CLIP, stream: Stream, tmp_path: Path) -> None:
+    task, context = stream.tasks[1], stream.context()
+    base = folder_of(tmp_path / "pictures", stream)
+
+    def found(**values: Any) -> tuple[Any, Tensor, Reference]:
+        made = Reference(ReferenceRecipe(**values), context, clip)
+        return made.pixels(task), made.texts(task), made
+
+    pixels, texts, made = found(reference="drawings")
+    assert len(pixels) == 1853 and torch.equal(texts, clip.tokens([c.prompts()[0] for c in mini.vocabulary()]))
+    assert made.pixels(stream.tasks[0]) is pixels and made.texts(stream.tasks[0]) is texts  # as the shortcuts need it
+    assert len(found(reference="drawings", texts="reference")[1]) == 60  # the classes of mini-cil
+    pixels, texts, _ = found(reference=str(base), texts="reference")
+    assert len(pixels) == 8 and pixels[torch.tensor([0, 1])].shape == (2, 3, 32, 32)
+    names = sorted(p.name for p in base.iterdir())
+    assert len(names) > 1 and torch.equal(texts, clip.tokens([f"a photo of a {n}." for n in names]))
+    for values in (LWF, {**LWF, "texts": "reference"}):
+        pixels, texts, made = found(reference="own", texts=values["texts"])
+        assert pixels is task.train.pixels and torch.equal(texts, clip.tokens(task.prompts()))
+    (tmp_path / "captions.txt").write_text("a bird on a wire\n\ntwo boats\n")
+    _, texts, _ = found(reference="drawings", vocabulary=str(tmp_path / "captions.txt"))
+    assert torch.equal(texts, clip.tokens(["a bird on a wire", "two boats"]))
+
+
+def test_random_sentences_are_start_ten_of_all_tokens_end(clip: CLIP, stream: Stream) -> None:
+    ids = random_sentences(clip, 1000, 3)
+    assert ids.shape == (1000, 12)
+    assert bool((ids[:, 0] == clip.tokenizer.bos_token_id).all() and (ids[:, -1] == clip.tokenizer.eos_token_id).all())
+    inside = ids[:, 1:-1]
+    assert int(inside.min()) < 10 and int(inside.max()) > 4085 and abs(float(inside.double().mean()) - 2047.5) < 60
+    assert torch.equal(ids, random_sentences(clip, 1000, 3)) and not torch.equal(ids, random_sentences(clip, 1000, 4))
+    made = Reference(ReferenceRecipe(reference="own", texts="random", sentences=5), stream.context(), clip)
+    first, second = (made.texts(task) for task in stream.tasks[:2])
+    assert len(first) == 5 and not torch.equal(first, second)  # drawn once a task
+    cut = ids[:1].clone()
+    cut[0, 4] = clip.tokenizer.eos_token_id
+    torch.testing.assert_close(clip.encode_tokens(cut), clip.encode_tokens(cut[:, :5]))  # it ends at the first end token
+
+
+def test_the_teacher_sees_an_image_once_a_run_and_only_what_is_shown(clip: CLIP, stream: Stream) -> None:
+    seen: list[int] = []
+    method = ZSCL(**BRIEF)
+    method.bind(clip, stream.context())
+    embeddings = clip.embeddings
+    clip.embeddings = lambda pixels: (seen.append(len(pixels)), embeddings(pixels))[1]  # type: ignore[method-assign]
+    learn(method, stream.tasks[0])
+    texts = method.distiller.texts
+    assert sum(seen) == 4 * 8  # four steps of eight, of 1,853 drawings
+    shown = method.distiller.taught
+    learn(method, stream.tasks[1])
+    assert method.distiller.taught is shown and method.distiller.texts is texts
+    assert shown is not None and sum(seen) == len(shown.rows[0]) <= 64
+    index = (shown.place >= 0).nonzero().squeeze(1)
+    clip.load_weights("pretrained", clip.pretrained)
+    torch.testing.assert_close(shown[index], embeddings(shown.pixels[index]))  # by the pre-trained model, whatever moved
+
+
+@pytest.mark.parametrize("values", [LWF, LWF_VR, {"teacher": "mix"}])
+def test_student_and_teacher_are_two(values: dict[str, Any], clip: CLIP, stream: Stream) -> None:
+    """A release of LwF let them share their memory: the distance is 0 at the first step, and must not be at the next."""
+    method = ZSCL(**{**BRIEF, **values, "sides": "none", "feature_mse": 1.0})
+    method.bind(clip, stream.context())
+    losses = learn(method, stream.tasks[0])["feature_mse"]
+    assert losses[0] == pytest.approx(0, abs=1e-9) and min(losses[1:]) > 1e-5
+
+
+def test_what_a_fusion_gets_is_the_mean(clip: CLIP, stream: Stream) -> None:
+    """The mean is put on by the learner: ConDU's first expert is what ZSCL alone ends with."""
+    alone, task = ZSCL(**BRIEF, average_every=1), stream.tasks[0]
+    alone.bind(clip, stream.context())
+    learn(alone, task)
+    mean = clip.weights()
+    clip.load_weights("pretrained", clip.pretrained)
+    plain = ZSCL(**BRIEF, average="none")
+    plain.bind(clip, stream.context())
+    learn(plain, task)
+    last = clip.weights()
+    clip.load_weights("pretrained", clip.pretrained)
+    both = Compose(learn=ZSCL(**BRIEF, average_every=1), fuse=ConDU())
+    both.bind(clip, stream.context())
+    learn(both, task)
+    assert isinstance(both.fuser, ConDU)
+    name = "visual_projection.weight"
+    torch.testing.assert_close(both.fuser.decoupled(0)[name], mean[name], rtol=0, atol=1e-6)
+    assert (last[name] - mean[name]).norm() > 0.1 * (last[name] - clip.pretrained[name]).norm()
+
+
+def test_wise_ft_goes_back_to_what_the_task_began_with(clip: CLIP, stream: Stream) -> None:
+    method = Compose(learn=FineTune(iterations=0), fuse=Merge(alpha=0.25, towards="previous"))
+    method.bind(clip, stream.context())
+    bias, last, born = "text_model.final_layer_norm.bias", [], clip.pretrained
+    for task in stream.tasks[:2]:
+        method.start(task)
+        before = clip.weights()
+        clip.load_weights(f"tuned {task.name}", {**before, bias: before[bias] + 1})
+        method.fuse(task)
+        last.append(clip.weights()[bias] - born[bias])
+    torch.testing.assert_close(last[0], torch.full_like(last[0], 0.25))
+    torch.testing.assert_close(last[1], torch.full_like(last[1], 0.5))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"reference": "synthetic"}, "no reference images.*no generator"),
+        ({"reference": "no/such/folder"}, "no such folder.*synthetic, drawings, own"),
+        ({"reference": ""}, "no such folder"),
+        ({"reference": "drawings"}, "no drawings beside its tasks"),
+        ({"reference": "own"}, "no vocabulary of its own"),
+        ({"towers": "text", **LWF}, "embed_texts=student"),
+        ({**LWF, "average": "moving", "moving_towards": "initial", "adapt": "lora"}, "adapters have no pre-trained"),
+        ({**LWF, "average": "we", "average_every": 50, "iterations": 20}, "average_every=0, or lower"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(values: dict[str, Any], said: str, clip: CLIP) -> None:
+    with pytest.raises(PerdureError, match=said):
+        ZSCL(**values).bind(clip, Context())
+
+
+def test_a_folder_without_pictures_or_classes_is_refused(clip: CLIP, stream: Stream, tmp_path: Path) -> None:
+    with pytest.raises(PerdureError, match="holds no picture"):
+        ZSCL(reference=str(tmp_path)).bind(clip, stream.context())
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    ZSCL(reference=str(tmp_path)).bind(clip, stream.context())
+    with pytest.raises(PerdureError, match="in no folders of classes"):
+        ZSCL(reference=str(tmp_path), texts="reference").bind(clip, stream.context())
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(PerdureError, match="cannot be read.*b.png"):
+        ZSCL(reference=str(tmp_path)).bind(clip, stream.context())
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "said"),
+    [
+        ("zscl", "teacher=next", "initial"), ("lwf", "teacher_mix=1.5", "less than or equal to 1"),
+        ("we", "wise_alpha=-0.1", "greater than or equal to 0"), ("wise_ft", "alpha=2", "less than or equal to 1"),
+        ("wise_ft", "towards=last", "previous"), ("icarl", "herding=false", "release"), ("wc", "lam=-1", "greater"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(method: str, given: str, said: str) -> None:
+    with pytest.raises(PerdureError, match=said):
+        launch.configure(method, "mini-mtil", 0, [given], {})
+
+
+@pytest.mark.parametrize("role", ["fuse", "answer"])
+def test_a_way_to_learn_is_no_way_to_fuse_or_answer(role: str) -> None:
+    with pytest.raises(PerdureError, match=f"ZSCL cannot be asked to {role}"):
+        Compose(learn=FineTune(), **{role: ZSCL()})  # type: ignore[arg-type]
+
+
+def test_a_large_penalty_leaves_the_weights_where_they_were(clip: CLIP, stream: Stream) -> None:
+    def moved(lam: float) -> float:
+        clip.load_weights("pretrained", clip.pretrained)
+        method = ZSCL(iterations=12, warmup=1, lr=1e-3, batch_size=8, sides="none", average="none", lam=lam)
+        method.bind(clip, stream.context())
+        learn(method, stream.tasks[0])
+        return sum(float((w - clip.pretrained[k]).square().sum()) for k, w in clip.weights().items()) ** 0.5
+
+    assert moved(1e4) < 0.3 * moved(0.0)
+
+
+@pytest.mark.slow
+def test_what_it_was_distilled_on_stands_in_the_record(short_run: Callable[..., dict[str, Any]]) -> None:
+    drawn = short_run("zscl", synthetic=8, sampling_steps=2, sampling_batch=4, tasks=1)
+    said = drawn["remarks"]["animals"]
+    assert said == {"reference images, synthetic": 8.0, "reference texts, vocabulary": 400.0}
+    pairs = drawn["folder"] / "pairs"
+    again = short_run("gift", synthetic=8, sampling_steps=2, sampling_batch=4, tasks=1, pairs=str(pairs))
+    assert again["finished"] and len((pairs / "manifest.jsonl").read_text().splitlines()) == 8  # GIFT's first pairs
+    own = short_run("lwf", tasks=1)["remarks"]["animals"]
+    assert own == {"reference images, own": float(SHORT["images"]), "reference texts, own": 16.0}
