@@ -97,9 +97,7 @@ class Equations(Plain):
             state["last"] = now
             return
         mean, share = state.get("mean", self.anchor), c.wise_alpha if c.average == "we_wise" else 1.0
-        state["mean"] = {
-            k: share * (mean[k] * n + w) / (n + 1) + (1 - share) * self.anchor[k] for k, w in now.items()
-        }
+        state["mean"] = {k: share * (mean[k] * n + w) / (n + 1) + (1 - share) * self.anchor[k] for k, w in now.items()}
 
     def trained(self, tasks: dict[str, Tensor]) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
         c, shown, state = self.config, list[dict[str, float]](), dict[str, Any]()

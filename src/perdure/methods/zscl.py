@@ -52,7 +52,12 @@ class Config(ReferenceRecipe, DistillationRecipe, Recipe):
         Literal["none", "we", "we_wise", "moving"], Field(description="which mean of the weights a task leaves")
     ] = "we"
     average_every: Annotated[
-        int, Field(ge=0, le=10**9, description="I, steps between two moments of averaging; 0: a tenth of a task's (100 of 1,000)")
+        int,
+        Field(
+            ge=0,
+            le=10**9,
+            description="I, steps from one averaging to the next; 0: a tenth of a task's",
+        ),
     ] = 0
     wise_alpha: Annotated[float, Field(ge=0, le=1, description="we_wise: a, share of the mean")] = 0.98
     moving_decay: Annotated[float, Field(ge=0, le=1, description="moving: d, share of the weights in training")] = 0.999
@@ -75,7 +80,7 @@ class ZSCL(Method):
         c.check_reaches(c.towers)
         if c.average.startswith("we") and not c.epochs and 0 < c.iterations < c.average_every:
             raise PerdureError(
-                f"average_every={c.average_every}: the only moment of averaging in {c.iterations} iterations is the first step, "
+                f"average_every={c.average_every}: in {c.iterations} iterations the only averaging is after the first step, "
                 "so the mean would be where the task began. Set average_every=0, or lower than iterations."
             )
         if c.average == "moving" and c.moving_towards == "initial" and c.adapt == "lora":

@@ -5,9 +5,8 @@
 R⁰ and C⁰ are the teacher's unit embeddings of the reference images of a step and of all reference texts, R the student's of
 the images. C is C⁰ (as released: no gradient reaches the text tower), or the student's own.
 
-Exact shortcuts: what does not change is embedded once, texts and images alike, of the images only those that the steps will
-show; while the teacher is the pre-trained model and the references stay, that is once a run. The task's and the reference
-images go through the image tower together.
+Exact shortcuts: the teacher embeds texts and images once a task, of the images no more than the steps show; once a run, where
+it is the pre-trained model and the references stay. The task's and the reference images go through the image tower together.
 """
 
 from __future__ import annotations
@@ -72,24 +71,18 @@ class DistillationRecipe:
 
 
 class Taught:
-    """What a teacher makes of numbered images, each seen once."""
+    """What a teacher makes of images; of those numbered ``index`` alone, where not all are wanted."""
 
-    def __init__(self, pixels: Pixels):
-        self.pixels = pixels
-        self.place = torch.full((len(pixels),), -1)  # row of each image; -1: not seen
-        self.rows: list[Tensor] = []
-
-    def see(self, teacher: CLIP, index: Tensor) -> None:
-        """Embed those of the images ``index`` that were not seen before."""
-        new = index[self.place[index] < 0]
-        if len(new):
-            first = int(self.place.max()) + 1
-            self.place[new] = torch.arange(first, first + len(new))
-            self.rows = [torch.cat([*self.rows, teacher.embeddings(take(self.pixels, new))])]
+    def __init__(self, teacher: CLIP, pixels: Pixels, index: Tensor | None = None):
+        self.pixels, self.whole = pixels, index is None
+        wanted = torch.arange(len(pixels)) if index is None else index
+        self.place = torch.full((len(pixels),), -1)  # the row of each image; -1: not seen
+        self.place[wanted] = torch.arange(len(wanted))
+        self.rows = teacher.embeddings(pixels if index is None else take(pixels, index))
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Unit embeddings (B, D) of images that were seen."""
-        return self.rows[0][self.place[index].to(self.rows[0].device)]
+        """Unit embeddings (B, D) of the images ``index``."""
+        return self.rows[self.place[index].to(self.rows.device)]
 
 
 class Distiller:
@@ -106,17 +99,17 @@ class Distiller:
         self.plan = None
 
     def begin(self, pixels: Pixels, ids: Tensor, plan: Sequence[Tensor]) -> None:
-        """Let the teacher see the texts ``ids`` (M, L), and of ``pixels`` what ``plan`` will show: numbers, step by step.
+        """Let the teacher see the texts ``ids`` (M, L) and ``pixels``; ``plan``: the numbers of those that each step shows.
 
-        The very objects of the task before are not looked at again where the teacher is the same.
+        Where the steps show fewer than there are, those alone. The very objects of the task before are not looked at again
+        where the teacher is the same; what it makes of an image must not depend on which tasks were learned in this process.
         """
-        changed = self.recipe.teacher != "initial"
-        if self.taught is None or changed or pixels is not self.taught.pixels:
-            self.taught = Taught(pixels)
+        stays, shown = self.recipe.teacher == "initial", torch.cat([*plan, torch.arange(0)])
         with self.teacher():
-            if plan:
-                self.taught.see(self.clip, torch.cat(list(plan)).unique())
-            if changed or ids is not self.ids:
+            if not (stays and self.taught is not None and self.taught.whole and pixels is self.taught.pixels):
+                index = None if len(pixels) <= len(shown) else shown.unique()
+                self.taught = Taught(self.clip, pixels, index)
+            if not stays or ids is not self.ids:
                 self.ids = ids
                 self.texts = torch.cat([self.clip.encode_tokens(some) for some in ids.split(256)])
         self.plan = iter(plan)
