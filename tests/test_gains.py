@@ -17,9 +17,9 @@ from perdure.engine.settings import Settings
 from perdure.launch.sources import methods
 
 LEARNERS = sorted(e.name for e in methods() if "role" not in e.about and e.name not in ("zero_shot", "ncm"))
-MERGES = ("wise_ft", "weight_average", "task_arithmetic", "ties", "magmax")
+MERGES = ("wise_ft", "weight_average", "task_arithmetic", "ties", "magmax", "we", "zscl", "zscl+condu")
 BRIEF = dict(images=64, iterations=25, warmup=2, lr=5e-4, batch_size=32, precision="fp32")
-REPLAY = dict(synthetic=24, sampling_steps=2, sampling_batch=8, synthetic_batch=12)
+REPLAY = dict(synthetic=24, sampling_steps=2, sampling_batch=8, synthetic_batch=12, reference_batch=12)
 
 
 def two_tasks() -> Stream:

@@ -61,6 +61,10 @@ def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
         ("finetune", {"shots": 2}),
         ("ridge_patches", {"features": 48, "judge": 16}),
         ("finetune+ridge", {"features": 48, "on": "drifting"}),
+        ("zscl", {"reference": "drawings", "reference_batch": 8}),
+        ("lwf_vr", {"reference_batch": 8, "average": "we_wise"}),
+        ("icarl", {"reference_batch": 8, "memory": 30}),
+        ("wise_ft", {"towards": "previous"}),
     ],
 )
 def test_broken_off_and_gone_on_with_ends_with_the_same_bits(

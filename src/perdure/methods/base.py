@@ -49,6 +49,7 @@ class Method(Answering, Learner):
 
     Config: ClassVar[type] = Recipe
     State: ClassVar[type] = State
+    plays: ClassVar[Sequence[str]] = ("learn", "fuse", "answer")  # in another role it has nothing of its own to say
     role_options: ClassVar[Mapping[str, type]] = {}  # the options that count where only this role is played
     scope: ClassVar[Literal["task", "stream"]] = "task"  # stream: sees all tasks at once
     learns: ClassVar[bool] = True  # False: no task changes anything
@@ -120,10 +121,14 @@ class Method(Answering, Learner):
 
     def task_loss(self, batch: Batch) -> Tensor:
         """The classification loss of the task at hand."""
+        return self.classify(self.clip.encode_image(batch.images), batch.labels)
+
+    def classify(self, images: Tensor, labels: Tensor) -> Tensor:
+        """``task_loss`` of images that are embedded already, (B, D), against labels (B,)."""
         texts = self.frozen_texts if self.frozen_texts is not None else self.clip.encode_tokens(self.tokens)
-        logits = self.clip.similarity(self.clip.encode_image(batch.images), texts)
+        logits = self.clip.similarity(images, texts)
         loss = {"softmax": classification, "sigmoid": pairwise}[self.config.loss]
-        return loss(logits, batch.labels, self.config.label_smoothing, self.group)
+        return loss(logits, labels, self.config.label_smoothing, self.group)
 
     # ---- what it brings
 

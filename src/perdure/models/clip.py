@@ -128,7 +128,7 @@ class CLIP(TwoTowers):
         plain.load_state_dict(self.weights(), strict=False)
         mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
         processor = getattr(transformers, hub.KINDS[self.kind].replace("Model", "ImageProcessor"))(
-            **self.sized(), image_mean=mean, image_std=std, do_convert_rgb=True,
+            **self.size_keys(), image_mean=mean, image_std=std, do_convert_rgb=True,
             resample=loading.NUMBER[self.fit.resample],
         )  # fmt: skip
         with loading.quiet():
@@ -136,7 +136,7 @@ class CLIP(TwoTowers):
         self.tokenizer.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    def sized(self) -> dict[str, Any]:
+    def size_keys(self) -> dict[str, Any]:
         """``fit`` in the words of transformers' image processors."""
         square = {"height": self.size, "width": self.size}
         if not self.fit.crop:

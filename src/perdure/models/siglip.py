@@ -101,5 +101,5 @@ class SigLIP2(SigLIP):
             pixel_values=values, pixel_attention_mask=None, spatial_shapes=shapes, output_hidden_states=hidden
         )
 
-    def sized(self) -> dict[str, Any]:
+    def size_keys(self) -> dict[str, Any]:
         return {"patch_size": self.size // self.patches, "max_num_patches": self.patches**2}

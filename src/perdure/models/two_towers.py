@@ -113,12 +113,14 @@ class TwoTowers(Held):
 
     # ---- images
 
+    def sized(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8, or float in 0 … 1 → (B, 3, size, size) float in 0 … 1."""
+        x = as_floats(images.to(self.device))
+        return x if x.shape[-2:] == (self.size, self.size) else resized(x, self.size, self.fit)
+
     def pixels(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8, or float in 0 … 1 → the vision tower's input, resized and normalised."""
-        x = as_floats(images.to(self.device))
-        if x.shape[-2:] != (self.size, self.size):
-            x = resized(x, self.size, self.fit)
-        return (x - self.mean) / self.std
+        return (self.sized(images) - self.mean) / self.std
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit image embeddings (B, D) in fp32, of images as ``pixels`` takes them."""
