@@ -35,6 +35,12 @@ def settings(method: str) -> dict[str, Any]:
     values: dict[str, Any] = {**BRIEF, **REPLAY}
     if "lora" in method:
         values["lr"] = 2e-3  # the small world's own
+    if method == "codyra":
+        values.update(lr=5e-3, kappa=0.02)
+    if method == "keep_lora":
+        values.update(epochs=0, lr=5e-2)
+    if method == "moe_adapters":
+        values.update(experts=4, lr=5e-3, reference="none", selector_steps=20)
     if method == "mg_clip":
         values.update(iterations=0, warmup=0, epochs=8, lr=1e-2)
     known = {**launch.method_options(launch.method_entry(method)), **options(Settings)}

@@ -32,10 +32,15 @@ def stand_in(preset: dict[str, Any]) -> Stream:
 
 def overrides(preset: dict[str, Any]) -> dict[str, Any]:
     """Two steps on one task; the embedded generator for Stable Diffusion."""
+    if preset["method"] == "keep_lora":
+        return {**SMALL, "epochs": 2, "images": 4, "epochs_by_task": {}}
     if preset["method"] == "ridge":  # takes no steps; 15,000 features are for a big machine
         return {"images": 6, "precision": "fp32", "features": 32}
     last = preset["method"] in LAST_AT_0  # these take a last step at rate 0
     by_epochs = {"epochs": 2 - last, "images": 4} if "epochs" in preset else {"iterations": 2 - last}
+    if preset["method"] == "moe_adapters":  # takes a last step at rate 0; AlexNet's weights are not everybody's
+        by_epochs |= {"epochs": 1} if "epochs" in preset else {"iterations": 1}
+        return {**SMALL, **by_epochs, "experts": 3, "selector_features": "clip", "reference": "none"}
     if preset["method"] in ("gift", "zscl"):
         by_epochs |= SMALL_GENERATOR
     if "average_every" in preset:

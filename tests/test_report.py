@@ -319,3 +319,19 @@ def test_what_a_method_chose_stands_in_the_page() -> None:
     page = html.render([{**run, "remarks": {"a": {"λ": 0.123456}, "b": {"λ": 7.0, "moved": 0.5}}}])
     assert "What was chosen" in page and "<td>0.123</td>" in page and "<td>0.5</td>" in page
     assert "What was chosen" not in html.render([run])
+
+
+def test_what_is_said_of_layers_is_drawn_and_not_listed() -> None:
+    layer = "ranks of vision_model.encoder.layers.{}.self_attn.q_proj"
+    said = {"a": {"mean": 4.0, layer.format(0): 8.0, layer.format(1): 2.0}, "b": {"mean": 5.0, layer.format(1): 0.0}}
+    run = {
+        "method": "codyra",
+        "stream": "s",
+        "seed": 0,
+        "tasks": ["a", "b"],
+        "accuracy": [[1.0, 2.0]] * 3,
+        "remarks": said,
+    }
+    page = html.render([run])
+    assert "<title>a, image q_proj, block 2: 2</title>" in page and "codyra: ranks, up to 8" in page
+    assert page.count("encoder.layers") == 0 and "<td>5</td>" in page

@@ -65,6 +65,12 @@ def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
         ("lwf_vr", {"reference_batch": 8, "average": "we_wise"}),
         ("icarl", {"reference_batch": 8, "memory": 30}),
         ("wise_ft", {"towards": "previous"}),
+        ("codyra", {"precision": "bf16", "kappa": 0.5, "dense": 0.0, "kappa_steps": 2}),
+        ("keep_lora", {"epochs": 2, "head": True}),
+        (
+            "moe_adapters",
+            {"experts": 3, "reference": "none", "selector_steps": 3, "selector_code": 8, "task_id": "hidden"},
+        ),
     ],
 )
 def test_broken_off_and_gone_on_with_ends_with_the_same_bits(

@@ -190,7 +190,7 @@ def measure(method: Method, tasks: Sequence[Task], tests: Mapping[str, Images], 
     if probe is not None:
         queries["own", "probe"] = Query(probe.test.pixels, probe.classes)
         labels["own", "probe"] = probe.test.labels
-    with method.clip.remembering(not method.modules()):
+    with method.clip.remembering(method.steady()):
         answers = method.answer(list(queries.values()))
     found: dict[str, Hits] = {"own": {}, "of_all": {}}
     for (kind, name), answer in zip(queries, answers, strict=True):

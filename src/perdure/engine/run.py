@@ -159,7 +159,7 @@ class Loop:
     def evaluated(self, method: Method, number: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """A row's hits and modality gap. What weights that never change make of the stream is worked out once a run; modules
         of a method's own may act on the towers, so there it is not."""
-        with method.clip.remembering(not method.modules()):
+        with method.clip.remembering(method.steady()):
             same = number > 0 and self.same_as_before(number)
             hits = self.rows[-1] if same else evaluate(method, self.stream, self.protocol, number)
             return hits, gap(method, self.gap_images)

@@ -59,7 +59,7 @@ class Teacher:
     def before_the_head(self) -> Iterator[None]:
         """Meanwhile, the model holds the weights that a head stands on."""
         method, clip = self.method, self.method.clip
-        with clip.preserved(), clip.remembering(not method.modules()):
+        with clip.preserved(), clip.remembering(method.steady()):
             method.load_expert(method.head_expert())
             yield
 

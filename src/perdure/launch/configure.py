@@ -78,7 +78,7 @@ def configure(
     )  # what suits a stream suits the CLIP it is for
     layer = {key: value for key, value in suits.items() if key in general or (own and key in known)}
     values = resolve({**known, **general}, layer, preset, given, complaints=complaints)
-    check_rates(values, data, "lr_by_task" in given, warn)
+    check_tasks(values, data, given, warn)
     check_parts(values)
     settings = Settings(**{key: values[key] for key in general}).settled(data)
     left_out = find_unreadable(data, settings.unreadable, warn)
@@ -105,14 +105,15 @@ def stored(stream: str) -> bool:
     return any(e.name == stream and "home" in e.about for e in STREAMS)
 
 
-def check_rates(values: Mapping[str, Any], data: Stream, given: bool, warn: Warn) -> None:
-    """Rates of tasks that the stream lacks: a person who names them is wrong; a preset was written for another stream."""
+def check_tasks(values: Mapping[str, Any], data: Stream, given: Mapping[str, Any], warn: Warn) -> None:
+    """Values of tasks that the stream lacks: a person who names them is wrong; a preset was written for another stream."""
     tasks = [t.name for t in data.tasks]
-    lacking = sorted(set(values.get("lr_by_task", {})) - set(tasks))
-    if lacking and given:
-        raise unknown("task", lacking[0], tasks)
-    if lacking:
-        warn(f"The preset's lr_by_task names tasks that {data.name} lacks: {', '.join(lacking)}.")
+    for key in sorted(key for key in values if key.endswith("_by_task")):
+        lacking = sorted(set(values[key]) - set(tasks))
+        if lacking and key in given:
+            raise unknown("task", lacking[0], tasks)
+        if lacking:
+            warn(f"The preset's {key} names tasks that {data.name} lacks: {', '.join(lacking)}.")
 
 
 def check_parts(values: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 | role   | hooks                                                           | default                                       |
 |--------|-----------------------------------------------------------------|-----------------------------------------------|
 | learn  | ``begin_task`` ``parameters`` ``schedule`` ``step`` ``stepped`` | cross entropy, the published recipe           |
+|        | ``finish``                                                      |                                               |
 | fuse   | ``start`` ``fuse`` ``experts`` ``base_expert``                  | go on from the last weights; answer with them |
 | answer | ``stands_on`` ``look`` ``calibrate`` ``logits`` ``finalize``    | cosine similarity to the classes' texts       |
 | brings | ``modules`` ``material`` ``State``                              | nothing                                       |
@@ -29,10 +30,10 @@ from perdure.methods.answering import Answering, Expert
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification, pairwise
 from perdure.training.fit import Backward, Learner, Losses, Stepper, optimise
-from perdure.training.recipe import Recipe
+from perdure.training.recipe import Recipe, Training
 from perdure.training.schedule import Schedule
 
-__all__ = ["METHODS", "Expert", "Method", "Recipe", "Row", "State", "Trainer", "register"]
+__all__ = ["METHODS", "Expert", "Method", "Recipe", "Row", "State", "Trainer", "Training", "register"]
 Trainer = Callable[[Stepper, Schedule, Iterator[Batch], str], Losses]
 
 
@@ -127,7 +128,7 @@ class Method(Answering, Learner):
         """``task_loss`` of images that are embedded already, (B, D), against labels (B,)."""
         texts = self.frozen_texts if self.frozen_texts is not None else self.clip.encode_tokens(self.tokens)
         logits = self.clip.similarity(images, texts)
-        loss = {"softmax": classification, "sigmoid": pairwise}[self.config.loss]
+        loss = {"softmax": classification, "sigmoid": pairwise}[getattr(self.config, "loss", "softmax")]
         return loss(logits, labels, self.config.label_smoothing, self.group)
 
     # ---- what it brings
@@ -135,6 +136,11 @@ class Method(Answering, Learner):
     def modules(self) -> Mapping[str, nn.Module]:
         """Its own by name, in the towers or beside, made in ``bind`` or from state: saved alone, restored after the state."""
         return {}
+
+    def steady(self) -> bool:
+        """Whether weights that never change make the same of an image whenever they are asked: not where modules of its own
+        may act in the towers then too."""
+        return not self.modules()
 
     def material(self, task: Task) -> Task:
         """What is trained on for ``task``: the task itself, or with images of earlier ones (``context.images``)."""

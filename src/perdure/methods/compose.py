@@ -65,6 +65,9 @@ class Compose(Method):
     def again(self, task: Task) -> bool:
         return self.learn.again(task)
 
+    def finish(self, task: Task) -> None:
+        self.learn.finish(task)
+
     def stepped(self, step: int) -> None:
         self.learn.stepped(step)
 
@@ -77,6 +80,9 @@ class Compose(Method):
 
     def modules(self) -> Mapping[str, nn.Module]:
         return {f"{role}.{n}": module for role, part in self.distinct().items() for n, module in part.modules().items()}
+
+    def steady(self) -> bool:
+        return all(part.steady() for part in self.parts.values())
 
     def start(self, task: Task) -> None:
         self.fuser.start(task)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from perdure.report import charts, configuration, losses, palette, tables
+from perdure.report import charts, configuration, layers, losses, palette, tables
 from perdure.report.entries import MANY, Entry, Run, collect, comparable, mean, same_order
 from perdure.report.verdict import verdict
 
@@ -66,6 +66,7 @@ def _context(entries: list[Entry]) -> dict[str, Any]:
         "gaps": charts.gaps(entries),
         "losses": losses.losses(entries),
         "remarks": [(entry, *table) for entry in entries if (table := tables.remarks(entry))[1]],
+        "layers": layers.layers(entries),
         "cost": _cost(entries),
         "settings": configuration.table(entries),
         "protocol": configuration.protocol(entries),

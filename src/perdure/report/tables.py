@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from perdure.report.entries import Entry, Interval, Value, comparable, mapping, number
+from perdure.report.layers import about_layers
 from perdure.report.palette import colours
 
 
@@ -169,7 +170,7 @@ def times(entry: Entry) -> dict[str, tuple[Value, Value]]:
 def remarks(entry: Entry) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """What a method had to say of each task, as (names, a row of numbers a task); none where it said nothing."""
     found = {task: mapping(said) for task, said in mapping(entry.run.get("remarks")).items()}
-    names = list(dict.fromkeys(name for said in found.values() for name in said))
+    names = list(dict.fromkeys(name for said in found.values() for name in said if not about_layers(name)))
     values = [(str(task), [number(said.get(name)) for name in names]) for task, said in found.items()]
     return names, [(task, ["\u2013" if v is None else f"{v:.3g}" for v in row]) for task, row in values if names]
 

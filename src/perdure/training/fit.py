@@ -7,24 +7,22 @@ learner says what is trained, for how long, and what one step's losses are.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from perdure.core.errors import PerdureError
 from perdure.core.pixels import as_floats
 from perdure.data.files import crops
 from perdure.data.loader import ahead
 from perdure.data.task import Batch, Task
 from perdure.data.transforms import some_numbers
+from perdure.training.record import LOOK, Losses, check_finite, check_reached, course
 from perdure.training.schedule import Schedule
 
 Gradients = dict[str, Tensor | None]
 OnStep = Callable[[int, int, Mapping[str, Tensor]], None]
-LOOK = 50  # steps after which losses are looked at: each look waits for the device
 
 
 class Backward(Protocol):
@@ -75,11 +73,8 @@ class Learner(Stepper):
         """After training: whether to train anew, under the schedule that is asked for then."""
         return False
 
-
-class Losses(dict[str, list[float]]):
-    """Every loss by name, one value a step. ``steps``: how many were taken, whatever they recorded."""
-
-    steps = 0
+    def finish(self, task: Task) -> None:
+        """When training is over, before anything is fused: what is left to do with what was learned."""
 
 
 def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -109,6 +104,7 @@ def fit(
         with contextlib.closing(drawn(task, plan, generator, image_size, workers)) as draws:
             losses = optimise(learner, plan, draws, device, precision, on_step, task.name)
         if not losses.steps or not learner.again(task):
+            learner.finish(task)
             return losses
 
 
@@ -152,8 +148,7 @@ def optimise(
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 learner.step(next(draws).to(device), Accumulator(parameters, losses))
             reached = reached or any(p.grad is not None for p in trained)
-            for group in optimizer.param_groups:
-                group["lr"] = plan.rate(step) * group["factor"]
+            plan.set(optimizer, step)
             if plan.clip is not None:
                 nn.utils.clip_grad_norm_(trained, plan.clip)
             optimizer.step()
@@ -171,47 +166,36 @@ def optimise(
     return course(record)
 
 
-def check_finite(record: Sequence[Mapping[str, Tensor]], name: str) -> None:
-    """Refuse a training that diverged, among its last steps: its weights are worth nothing."""
-    recent = record[-LOOK:]
-    values = [loss for losses in recent for loss in losses.values()]
-    if not values or bool(torch.stack(values).isfinite().all()):
-        return
-    first = len(record) - len(recent) + 1
-    step, part = next(
-        (number, part)
-        for number, losses in enumerate(recent, first)
-        for part, loss in losses.items()
-        if not math.isfinite(loss.item())
-    )
-    raise PerdureError(
-        f"Training on {name} diverged: the loss '{part}' is not a number from step {step} on. Tasks that were finished "
-        "are kept. Start a new run with a smaller lr, a longer warmup or clip_grad=1."
-    )
+def mean_gradient(
+    learner: Stepper, parameters: Mapping[str, Tensor], draws: Iterable[Batch], device: torch.device, name: str
+) -> dict[str, Tensor]:
+    """The mean over batches of the gradient of the learner's losses, of any ``parameters``, in fp32; no step is taken.
 
-
-def check_reached(reached: bool, steps: int, name: str) -> None:
-    """Refuse a training in which no gradient came to any parameter."""
-    if not reached:
-        raise PerdureError(
-            f"Training on {name}: in {steps} steps no loss reached any parameter, so nothing was learned. The losses that "
-            "a method hands to 'backward' must depend on its 'parameters()', with gradients switched on."
-        )
-
-
-def course(record: Sequence[Mapping[str, Tensor]]) -> Losses:
-    """Each loss over the steps, 0 where a step lacks it."""
-    names = dict.fromkeys(name for losses in record for name in losses)  # in the order in which they appeared
-    zero = next((loss.new_zeros(()) for losses in record for loss in losses.values()), torch.zeros(()))
-    out = Losses({name: torch.stack([losses.get(name, zero) for losses in record]).tolist() for name in names})
-    out.steps = len(record)
-    return out
+    Zero where nothing reaches a parameter. Raises ``PerdureError`` where a loss is not finite; ``name`` says of what.
+    """
+    total = {key: torch.zeros_like(p) for key, p in parameters.items()}
+    learns = {key: p.requires_grad for key, p in parameters.items()}
+    count = 0
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for p in parameters.values():
+            p.requires_grad_(True)
+        for batch in draws:
+            count += 1
+            losses: dict[str, Tensor] = {}
+            learner.step(batch.to(device), Accumulator(parameters, losses))
+            check_finite([losses], name)
+            for key, p in parameters.items():
+                total[key] += 0 if p.grad is None else p.grad
+                p.grad = None
+        for key, p in parameters.items():
+            p.requires_grad_(learns[key])
+    return {key: gradient / max(1, count) for key, gradient in total.items()}
 
 
 class Accumulator:
     """The ``backward`` of one step; writes each loss into ``losses``."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], losses: dict[str, Tensor]):
+    def __init__(self, parameters: Mapping[str, Tensor], losses: dict[str, Tensor]):
         self.parameters, self.losses = parameters, losses
 
     def __call__(self, **losses: Tensor) -> Gradients:

@@ -13,8 +13,9 @@ LORA_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a task is trained. The defaults are the published recipe of ZSCL, GIFT and ConDU for CLIP ViT-B/16."""
+class Training:
+    """How a task is trained, whatever it is that learns. The defaults are the published recipe of ZSCL, GIFT and ConDU for
+    CLIP ViT-B/16."""
 
     lr: Annotated[float, Field(ge=0, description="peak learning rate")] = 1e-5
     lr_by_task: Annotated[dict[TaskName, Rate], Field(description="learning rates of single tasks, by task name")] = (
@@ -30,10 +31,6 @@ class Recipe:
     batch_size: Annotated[int, Field(ge=1, le=10**6, description="images a step")] = 64
     warmup: Annotated[int, Field(ge=0, le=10**9, description="steps of linear warm-up, then a cosine to 0")] = 100
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of the classification loss")] = 0.2
-    loss: Annotated[
-        Literal["softmax", "sigmoid"],
-        Field(description="of classification: cross entropy, or SigLIP's, a sigmoid a pair (models with a bias alone)"),
-    ] = "softmax"
     milestones: Annotated[
         tuple[int, ...],
         Field(description="steps (of epochs: epochs) where the rate falls by gamma, in place of the cosine"),
@@ -48,6 +45,16 @@ class Recipe:
     beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Adam's")] = 0.999
     clip_grad: Annotated[float | None, Field(gt=0, description="largest norm of the gradient; none: no limit")] = None
     towers: Annotated[Literal["both", "image", "text"], Field(description="which towers learn")] = "both"
+
+
+@dataclass(frozen=True)
+class Recipe(Training):
+    """How a task is trained, and what of the towers learns: all weights, or low-rank adapters."""
+
+    loss: Annotated[
+        Literal["softmax", "sigmoid"],
+        Field(description="of classification: cross entropy, or SigLIP's, a sigmoid a pair (models with a bias alone)"),
+    ] = "softmax"
     adapt: Annotated[Literal["full", "lora"], Field(description="train all weights, or low-rank adapters")] = "full"
     lora_rank: Annotated[int, Field(ge=1, le=1024, description="rank of the adapters")] = 8
     lora_alpha: Annotated[float, Field(gt=0, description="adapters are scaled by alpha / rank")] = 16.0
