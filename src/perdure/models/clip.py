@@ -103,12 +103,16 @@ class CLIP(Held):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit image embeddings (B, D) in fp32, of images as ``pixels`` takes them."""
+        return F.normalize(self.image_features(images), dim=-1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """``encode_image`` before it is made unit."""
         return self.project(self.backbone.vision_model(pixel_values=self.pixels(images)).pooler_output)
 
     def project(self, pooled: Tensor) -> Tensor:
-        """What the image tower pools (B, H) → unit embeddings (B, D), in fp32."""
+        """What the image tower pools (B, H) → embeddings (B, D) that are not unit yet, in fp32."""
         with torch.autocast(pooled.device.type, enabled=False):
-            return F.normalize(self.backbone.visual_projection(pooled.float()), dim=-1)
+            return self.backbone.visual_projection(pooled.float())
 
     def features(self, pixels: Any, block: int = 0, grid: int = 1, size: int = 256) -> Features:
         """Many images (N, 3, H, W), in memory or in files, ``size`` at a time, without gradients. ``block``: of which block,
@@ -119,10 +123,11 @@ class CLIP(Held):
         def seen(images: Tensor) -> Features:
             out = self.backbone.vision_model(pixel_values=self.pixels(images), output_hidden_states=block > 0)
             pooled = out.pooler_output.float()
-            if not block:
-                return Features(self.project(pooled), pooled, pooled[:, :0])
-            fields = out.hidden_states[-block][:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-            return Features(self.project(pooled), pooled, F.adaptive_avg_pool2d(fields, grid).flatten(1))
+            raw, patches = self.project(pooled), pooled[:, :0]
+            if block:
+                fields = out.hidden_states[-block][:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+                patches = F.adaptive_avg_pool2d(fields, grid).flatten(1)
+            return Features(F.normalize(raw, dim=-1), pooled, patches, raw.norm(dim=-1, keepdim=True))
 
         def all_seen() -> Features:
             return Features.cat([seen(images) for images in pixels.split(size)])
@@ -147,9 +152,34 @@ class CLIP(Held):
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Unit text embeddings (N, D) in fp32, of token ids (N, L)."""
+        return F.normalize(self.text_features(ids), dim=-1)
+
+    def text_features(self, ids: Tensor) -> Tensor:
+        """``encode_tokens`` before it is made unit."""
         hidden = self.backbone.text_model(input_ids=ids).pooler_output
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.normalize(self.backbone.text_projection(hidden.float()), dim=-1)
+            return self.backbone.text_projection(hidden.float())
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """What the text tower makes of a token before it adds its position."""
+        found: nn.Embedding = self.backbone.text_model.embeddings.token_embedding
+        return found
+
+    def encode_embeddings(self, embeddings: Tensor, ids: Tensor) -> Tensor:
+        """``encode_tokens`` with these embeddings (N, L, W) in the place of those of the tokens; pooled, as ever, where
+        ``ids`` (N, L) have the end token. ``PerdureError`` where L is longer than the text tower reads."""
+        context = self.backbone.config.text_config.max_position_embeddings
+        if ids.shape[1] > context:
+            raise PerdureError(
+                f"A prompt with learned vectors is {ids.shape[1]} tokens long; the text tower of {self.path} reads {context}. "
+                "Take fewer vectors, or shorter names and templates."
+            )
+        hook = self.token_embedding.register_forward_hook(lambda *_: embeddings)
+        try:
+            return self.encode_tokens(ids)
+        finally:
+            hook.remove()
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit text embeddings (N, D) in fp32."""

@@ -44,6 +44,9 @@ class Recipe:
     beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Adam's")] = 0.999
     clip_grad: Annotated[float | None, Field(gt=0, description="largest norm of the gradient; none: no limit")] = None
     towers: Annotated[Literal["both", "image", "text"], Field(description="which towers learn")] = "both"
+    tower_lr_scale: Annotated[
+        float, Field(ge=0, description="factor on the towers' rate, where more learns beside them (SLCA: 0.01)")
+    ] = 1.0
     adapt: Annotated[Literal["full", "lora"], Field(description="train all weights, or low-rank adapters")] = "full"
     lora_rank: Annotated[int, Field(ge=1, le=1024, description="rank of the adapters")] = 8
     lora_alpha: Annotated[float, Field(gt=0, description="adapters are scaled by alpha / rank")] = 16.0
