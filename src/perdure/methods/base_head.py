@@ -51,6 +51,7 @@ class HeadMethod(Method):
 
     State = HeadState
     state: Any
+    before: Tensor | None = None  # the features of a task's images, before it is learned
     excused = False  # whether features that move are the method's own doing, and allowed for
 
     def bind(self, clip: CLIP, context: Context | None = None) -> None:
@@ -75,7 +76,7 @@ class HeadMethod(Method):
         return torch.Generator().manual_seed(derive(self.context.seed, task.name, what))
 
     def learned_on(self, task: Task) -> tuple[Tensor, Tensor]:
-        """A task is begun: the features (N, D) of its images, and the row of each of its classes (C,), as ``rows_of`` has it."""
+        """A task is begun: the features (N, D) of its images, and the row of each of its classes (C,); see ``rows_of``."""
         x = self.inputs(self.look(task.train.pixels))
         if not x.any():
             raise PerdureError(f"{task.name}: the features of all its images are 0: nothing to learn from.")
@@ -109,12 +110,11 @@ class HeadMethod(Method):
     def drifted(self, task: Task, after: Tensor) -> None:
         """Note how far the features of the task's images moved while it was learned; say so, where what is kept of earlier
         tasks is out of date for it."""
-        before = getattr(self, "before", None)
+        before, self.before = self.before, None
         if before is None:
             return
         far = ((after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)).mean().item()
         self.state.moved = {**self.state.moved, task.name: far}
-        self.before = None
         if self.state.tasks and far > STEADY and not self.excused:
             self.context.warn(
                 f"The features that {type(self).__name__} stands on moved by {far:.0%} while {task.name} was learned. What it "

@@ -174,8 +174,8 @@ def near_pairs(texts: Tensor, old: int, fresh: list[int], near: float | str) -> 
     """(i, j): each of the ``old`` first classes and each fresh one whose unit texts (C, D) lie nearer than ``near``."""
     far = torch.cdist(texts, texts, compute_mode="donot_use_mm_for_euclid_dist")
     if isinstance(near, str):
-        above = far[*torch.triu_indices(len(far), len(far), 1)]
-        near = above.quantile(float(near[:-1])).item() if len(above) else 0.0
+        apart = far[torch.ones_like(far, dtype=torch.bool).triu(1)]  # each pair once
+        near = apart.quantile(float(near[:-1])).item() if len(apart) else 0.0
     return [(i, fresh[j]) for i, j in (far[:old, fresh] < near).nonzero().tolist()]
 
 

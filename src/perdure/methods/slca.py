@@ -72,10 +72,10 @@ class Config(Alignment, Recipe):
     warmup: Annotated[int, Field(ge=0, le=10**9, description="steps of linear warm-up")] = 0
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of the heads' loss")] = 0.0
     optimizer: Annotated[Literal["adamw", "adam", "sgd"], Field(description="of tower and heads")] = "sgd"
-    towers: Annotated[Literal["image"], Field(description="the text tower is not used, and stays")] = "image"  # type: ignore[assignment]
-    tower_lr_scale: Annotated[
-        float, Field(ge=0, description="factor on the tower's rate; 0: it stays as it was")
-    ] = 0.01
+    towers: Annotated[Literal["image"], Field(description="the text tower is not used, and stays")] = "image"
+    tower_lr_scale: Annotated[float, Field(ge=0, description="factor on the tower's rate; 0: it stays as it was")] = (
+        0.01
+    )
     augment: Annotated[bool, Field(description="crop training images at random")] = True
 
 
@@ -126,7 +126,8 @@ class SLCA(HeadMethod):
         there = torch.bincount(task.train.labels, minlength=len(task.classes)) > 0
         head = nn.Linear(width, int(there.sum()))
         with torch.no_grad():
-            head.weight.copy_(0.02 * gaussians.normal(*head.weight.shape, self.generator(task, "head of SLCA")))
+            draw = self.generator(task, "head of SLCA")
+            head.weight.copy_(0.02 * gaussians.normal(head.out_features, width, draw))
             head.bias.zero_()
         return head.to(self.clip.device), (there.cumsum(0) - 1).to(self.clip.device)
 
