@@ -108,17 +108,14 @@ class CGIL(HeadMethod):
 
     def calibrate(self, task: Task) -> None:
         self.check(task)
+        c, state = self.config, self.state
         x, place = self.learned_on(task)
-        rows = place[task.train.labels]
-        names = [name for name, _ in self.state.classes]
-        found = fitted(x, rows, names, self.config, self.train, self.context.seed, task.name)
-        self.state.replay[task.name] = Frozen(found)
+        names = [name for name, _ in state.classes]
+        found = fitted(x, place[task.train.labels], names, c, self.train, self.context.seed, task.name)
+        state.replay[task.name] = Frozen(found)
         aligner = Aligner(self, place[place >= 0])
-        steps = -(
-            -self.config.draws * sum(len(kept["rows"]) for kept in self.state.replay.values()) // self.config.batch_size
-        )
-        c = self.config
-        plan = Schedule(c.epochs * steps, c.lr, 0, c.batch_size, weight_decay=c.weight_decay, floor=1.0)
+        count = c.draws * sum(len(kept["rows"]) for kept in state.replay.values())
+        plan = Schedule(0, c.lr, 0, c.batch_size, weight_decay=c.weight_decay, floor=1.0, epochs=c.epochs).over(count)
         self.train(aligner, plan, self.drawn(self.generator(task, "draws of CGIL")), "alignment")
         self.state.prompts = aligner.outcome()
 
@@ -146,7 +143,7 @@ class CGIL(HeadMethod):
         return self.clip.similarity(self.embed(query), torch.stack(raw))
 
     def scores(self, seen: Features, rows: list[int]) -> Tensor:
-        return self.clip.similarity(seen.embedded, self.state.prompts["keys"][rows]).detach()
+        return self.clip.similarity(seen.embedded, self.state.prompts["keys"][rows])
 
     def finalize(self, query: Query, logits: Tensor) -> Tensor:
         """The logits of all classes, learned or not, on one scale."""
