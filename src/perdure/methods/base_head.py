@@ -1,7 +1,5 @@
-"""What methods share that learn on top of features: of the base expert, or of the pre-trained model. The towers learn nothing.
-
-Which classes have a row, what a feature is, how far features moved while other weights were learned.
-"""
+"""What methods share that learn in ``calibrate``, on features of the base expert or of the pre-trained model: which classes
+have a row, what a feature is, how far features moved while other weights were learned, and who answers for what was not."""
 
 from __future__ import annotations
 
@@ -108,18 +106,23 @@ class HeadMethod(Method):
         self.before = self.inputs(self.look(task.train.pixels))
 
     def drifted(self, task: Task, after: Tensor) -> None:
-        """Note how far the features of the task's images moved while it was learned; say so, where what is kept of earlier
-        tasks is out of date for it."""
-        before, self.before = self.before, None
-        if before is None:
-            return
-        far = ((after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)).mean().item()
-        self.state.moved = {**self.state.moved, task.name: far}
+        """Say so where the features of the task's images moved, ``after`` (N, D) being where to: what is kept of earlier tasks
+        is out of date for it."""
+        far = self.move(task, after)
         if self.state.tasks and far > STEADY and not self.excused:
             self.context.warn(
                 f"The features that {type(self).__name__} stands on moved by {far:.0%} while {task.name} was learned. What it "
                 "keeps of earlier classes is of the old ones, and as much out of date: on=pretrained is exact."
             )
+
+    def move(self, task: Task, after: Tensor) -> float:
+        """How far the features of the task's images moved while it was learned, by their length; noted as state."""
+        before, self.before = self.before, None
+        if before is None:
+            return 0.0
+        far = ((after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)).mean().item()
+        self.state.moved = {**self.state.moved, task.name: far}
+        return far
 
     # ---- answering
 
