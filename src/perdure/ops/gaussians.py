@@ -123,7 +123,7 @@ class Sampler:
 
 def mixture(x: Tensor, components: int, steps: int, generator: torch.Generator) -> dict[str, Tensor]:
     """x (n, D) → ``weights`` (K,), ``means`` and ``deviations`` (K, D) of a mixture of Gaussians with diagonal covariances, by
-    ``steps`` of EM from ``components`` of the rows; fewer where there are fewer rows."""
+    ``steps`` of EM from as many of the rows; where there are fewer, the others have the weight 0."""
     data, count = x.double(), min(components, len(x))
     least = (data.std(0, unbiased=False) * LEAST_DEVIATION).clamp_min(1e-12)
     means = data[shuffled(len(x), generator)[:count].to(x.device)]
@@ -136,4 +136,5 @@ def mixture(x: Tensor, components: int, steps: int, generator: torch.Generator) 
         weights, means = mass / mass.sum(), share.T @ data / mass[:, None]
         spread = (share[..., None] * (data[:, None] - means).square()).sum(0) / mass[:, None]
         deviations = spread.sqrt().clamp_min(least)
-    return {"weights": weights.float(), "means": means.float(), "deviations": deviations.float()}
+    found = {"weights": weights, "means": means, "deviations": deviations}
+    return {name: torch.cat([t, t.new_zeros(components - count, *t.shape[1:])]).float() for name, t in found.items()}
