@@ -182,10 +182,10 @@ def near_pairs(texts: Tensor, old: int, fresh: list[int], near: float | str) -> 
 @torch.no_grad()
 def fused(old: Tensor, new: Tensor, bias: float) -> Tensor:
     """What moved most of W (D, D), seen in the singular basis of the old one, is taken; of the rest the share ``bias``."""
+    if torch.equal(old, new):
+        return new
     u, s, v = torch.linalg.svd(old)
     before, after = s[:, None] * v, u.T @ new
     moved = (after - before).abs()
-    if not moved.any():
-        return new
     share = (moved / moved.max() + bias).clamp_max(1)
     return u @ (share * after + (1 - share) * before)
