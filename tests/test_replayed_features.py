@@ -105,7 +105,7 @@ def test_a_slow_tower_forgets_less(clip: CLIP, stream: Stream) -> None:
     assert probe is not None
     for scale in (1.0, 0.01):
         clip.load_weights("pretrained", clip.pretrained)
-        method = SLCA(epochs=4, batch_size=16, milestones=(), tower_lr_scale=scale)
+        method = SLCA(lr=0.05, epochs=4, batch_size=16, milestones=(), tower_lr_scale=scale)
         method.bind(clip)
         task = stream.tasks[0]
         method.begin_task(task)

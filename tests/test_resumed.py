@@ -61,6 +61,10 @@ def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
         ("finetune", {"shots": 2}),
         ("ridge_patches", {"features": 48, "judge": 16}),
         ("finetune+ridge", {"features": 48, "on": "drifting"}),
+        ("rapf", {"precision": "bf16", "init": "random"}),
+        ("slca", {"epochs": 2, "align_draws": 8}),
+        ("finetune+slca", {"answer.epochs": 2, "answer.align_epochs": 1}),
+        ("cgil", {"precision": "bf16", "images": 32, "epochs": 1, "draws": 8, "vae_passes": 10}),
     ],
 )
 def test_broken_off_and_gone_on_with_ends_with_the_same_bits(
