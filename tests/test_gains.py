@@ -42,7 +42,7 @@ def settings(method: str) -> dict[str, Any]:
     if method == "slca":
         values.update(lr=1e-2, epochs=12, tower_lr_scale=0.1)
     if method == "cgil":
-        values.update(lr=1e-2, epochs=10, replay="full", images=128)
+        values.update(lr=1e-2, epochs=6, draws=64, batch_size=128, replay="full", images=128)
     known = {**launch.method_options(launch.method_entry(method)), **options(Settings)}
     return {key: value for key, value in values.items() if key in known}
 
