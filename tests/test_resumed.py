@@ -64,7 +64,7 @@ def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
         ("rapf", {"precision": "bf16", "init": "random"}),
         ("slca", {"epochs": 2, "align_draws": 8}),
         ("finetune+slca", {"answer.epochs": 2, "align_epochs": 1}),
-        ("cgil", {"images": 48, "epochs": 1, "draws": 2, "vae_passes": 10, "vae_hidden": 8, "vae_latent": 4}),
+        ("cgil", {"images": 64, "epochs": 1, "draws": 2, "vae_passes": 10, "vae_hidden": 8, "vae_latent": 4}),
     ],
 )
 def test_broken_off_and_gone_on_with_ends_with_the_same_bits(

@@ -81,7 +81,7 @@ class Config(Alignment, Recipe):
 
 @dataclass
 class Aligned(HeadState):
-    """Heads as learning goes on from them (weight (C, D), bias (C,)) and as they answer; by class, its task; Gaussians."""
+    """By class, its task; heads as learning goes on from them (weight (C, D), bias (C,)) and as they answer; Gaussians."""
 
     block: list[int] = field(default_factory=list)
     heads: dict[str, Tensor] = field(default_factory=dict)
@@ -103,9 +103,8 @@ class SLCA(HeadMethod):
 
     def bind(self, clip: CLIP, context: Context | None = None) -> None:
         Method.bind(self, clip, context)
-        c = self.config
         self.excused = True
-        if c.on == "pretrained" and c.tower_lr_scale:
+        if self.config.on == "pretrained" and self.config.tower_lr_scale:
             raise PerdureError(
                 "on=pretrained: the heads are trained with a tower that learns, and cannot answer on the pre-trained one. Set "
                 "tower_lr_scale=0, or on=drifting."
@@ -167,8 +166,8 @@ class SLCA(HeadMethod):
 
     def learn_apart(self, task: Task, head: nn.Linear, x: Tensor) -> None:
         """Train the task's head on features x (N, D)."""
-        labels, order = task.train.labels.to(x.device), self.generator(task, "order of SLCA's features")
-        plan = Method.schedule(self, task)
+        labels, plan = task.train.labels.to(x.device), Method.schedule(self, task)
+        order = self.generator(task, "order of SLCA's features")
         draws = (Batch(x[i], labels[i]) for i in batches(len(x), plan.batch_size, order))
         self.train(HeadLearner(self, head), plan, draws, "head")
 
@@ -190,10 +189,9 @@ class SLCA(HeadMethod):
         of = torch.tensor(state.block) if c.task_of_class == "true" else torch.arange(count) // size
         scale = 0.9 + 0.1 * (of.double() + 1) / (now + 1) if c.mean_scaling else torch.ones(count, dtype=torch.float64)
         means = state.gaussians["means"]
-        heads = Aligner(state.heads, state.block, c.tau)
+        heads, rate = Aligner(state.heads, state.block, c.tau), c.lr if c.align_lr is None else c.align_lr
         plan = Schedule(
-            c.align_epochs * count, c.lr if c.align_lr is None else c.align_lr, 0, c.align_draws, optimizer="sgd",
-            momentum=c.momentum, weight_decay=c.weight_decay, stride=count,
+            c.align_epochs * count, rate, 0, c.align_draws, c.weight_decay, optimizer="sgd", momentum=c.momentum, stride=count
         )  # fmt: skip
         draws = self.draws((scale.to(means.device)[:, None] * means).float(), self.generator(task, "draws of SLCA"))
         self.train(heads, plan, draws, "alignment")
