@@ -204,16 +204,13 @@ def test_what_cannot_be_is_refused_before_the_work(clip: CLIP, stream: Stream) -
         method.calibrate(black)
 
 
-@pytest.mark.parametrize("given", ["0.03q", "0.55", "1q"])
-def test_a_distance_or_a_quantile(given: str, stream: Stream) -> None:
-    config, _ = configure("rapf", stream, 0, {"near": given}, {})
-    assert config["options"]["near"] == (given if given.endswith("q") else 0.55)
-
-
-@pytest.mark.parametrize("given", ["3q", "-1", "near", "0.5qq"])
-def test_no_distance(given: str, stream: Stream) -> None:
-    with pytest.raises(PerdureError, match="near="):
-        configure("rapf", stream, 0, {"near": given}, {})
+def test_a_distance_or_a_quantile(stream: Stream) -> None:
+    for given in ("0.03q", "0.55", "1q"):
+        config, _ = configure("rapf", stream, 0, {"near": given}, {})
+        assert config["options"]["near"] == (given if given.endswith("q") else 0.55)
+    for given in ("3q", "-1", "near", "0.5qq"):
+        with pytest.raises(PerdureError, match="near="):
+            configure("rapf", stream, 0, {"near": given}, {})
 
 
 def test_near_pairs_are_of_an_old_and_a_new_class() -> None:

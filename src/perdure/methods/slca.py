@@ -73,9 +73,7 @@ class Config(Alignment, Recipe):
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of the heads' loss")] = 0.0
     optimizer: Annotated[Literal["adamw", "adam", "sgd"], Field(description="of tower and heads")] = "sgd"
     towers: Annotated[Literal["image"], Field(description="the text tower is not used, and stays")] = "image"
-    tower_lr_scale: Annotated[float, Field(ge=0, description="factor on the tower's rate; 0: it stays as it was")] = (
-        0.01
-    )
+    tower_lr_scale: Annotated[float, Field(ge=0, description="factor on the tower's rate; 0: it stays")] = 0.01
     augment: Annotated[bool, Field(description="crop training images at random")] = True
 
 

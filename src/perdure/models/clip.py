@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
 from perdure.core.features import Features
-from perdure.core.pixels import as_floats
+from perdure.core.pixels import as_floats, resized
 from perdure.models import loading
 from perdure.models.held import Held
 from perdure.models.towers import Part
@@ -163,14 +163,12 @@ class CLIP(Held):
     @property
     def token_embedding(self) -> nn.Embedding:
         """What the text tower makes of a token before it adds its position."""
-        found: nn.Embedding = self.backbone.text_model.embeddings.token_embedding
-        return found
+        return self.backbone.text_model.embeddings.token_embedding
 
     def encode_embeddings(self, embeddings: Tensor, ids: Tensor) -> Tensor:
         """``encode_tokens`` with these embeddings (N, L, W) in the place of those of the tokens; pooled, as ever, where
         ``ids`` (N, L) have the end token. ``PerdureError`` where L is longer than the text tower reads."""
-        context = self.backbone.config.text_config.max_position_embeddings
-        if ids.shape[1] > context:
+        if ids.shape[1] > (context := self.backbone.config.text_config.max_position_embeddings):
             raise PerdureError(
                 f"A prompt with learned vectors is {ids.shape[1]} tokens long; the text tower of {self.path} reads {context}. "
                 "Take fewer vectors, or shorter names and templates."
@@ -193,13 +191,14 @@ class CLIP(Held):
         """
         key = tuple(map(tuple, prompts))
 
-        def encoded() -> Tensor:
-            flat = torch.cat([self.encode_text(part) for part in chunks([p for ps in prompts for p in ps], 512)])
-            means = torch.stack([e.mean(0) for e in flat.split([len(ps) for ps in prompts])])
+        def worked_out() -> Tensor:
+            flat = [prompt for own in prompts for prompt in own]
+            encoded = torch.cat([self.encode_text(flat[k : k + 512]) for k in range(0, len(flat), 512)])
+            means = torch.stack([e.mean(0) for e in encoded.split([len(ps) for ps in prompts])])
             return F.normalize(means, dim=-1)
 
         if key not in self._texts:
-            self._texts[key] = self.recall(("texts", key), None, encoded)
+            self._texts[key] = self.recall(("texts", key), None, worked_out)
         return self._texts[key]
 
     def part_of(self, name: str) -> Part:
@@ -251,17 +250,3 @@ def attention(vision: Any, device: str) -> str:
     """Plain products for a processor and few patches, where torch's fused attention is slower (bf16, backwards: by half)."""
     patches = (vision.image_size // vision.patch_size) ** 2
     return "eager" if device == "cpu" and patches <= 64 else "sdpa"
-
-
-def resized(images: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) in 0 … 1 → (B, 3, size, size): the shorter side to ``size``, bicubic, then the centre."""
-    height, width = images.shape[-2:]
-    factor = size / min(height, width)
-    tall, wide = max(size, round(height * factor)), max(size, round(width * factor))
-    x = F.interpolate(images, (tall, wide), mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = (tall - size) // 2, (wide - size) // 2
-    return x[..., top : top + size, left : left + size]
-
-
-def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    return (items[i : i + size] for i in range(0, len(items), size))

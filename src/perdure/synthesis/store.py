@@ -25,9 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile, PerdureError
+from perdure.core.pixels import resized
 from perdure.core.state import digest, inside, read_bytes, read_json, sync_folder, write_bytes, write_json
 from perdure.data.task import silent
-from perdure.models.clip import resized
 from perdure.synthesis.prompts import Request
 
 COLLECTED = "collected"
