@@ -194,8 +194,7 @@ class CLIP(Held):
         def worked_out() -> Tensor:
             flat = [prompt for own in prompts for prompt in own]
             encoded = torch.cat([self.encode_text(flat[k : k + 512]) for k in range(0, len(flat), 512)])
-            means = torch.stack([e.mean(0) for e in encoded.split([len(ps) for ps in prompts])])
-            return F.normalize(means, dim=-1)
+            return F.normalize(torch.stack([e.mean(0) for e in encoded.split([len(own) for own in prompts])]), dim=-1)
 
         if key not in self._texts:
             self._texts[key] = self.recall(("texts", key), None, worked_out)
@@ -203,8 +202,7 @@ class CLIP(Held):
 
     def part_of(self, name: str) -> Part:
         """What the parameter ``name`` of the backbone belongs to; see ``Towers``."""
-        first = name.split(".")[0]
-        return PARTS.get(first, "text")
+        return PARTS.get(name.split(".")[0], "text")
 
     @cached_property
     def pretrained(self) -> dict[str, Tensor]:
