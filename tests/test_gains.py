@@ -43,6 +43,12 @@ def settings(method: str) -> dict[str, Any]:
         values.update(experts=4, lr=5e-3, reference="none", selector_steps=20)
     if method == "mg_clip":
         values.update(iterations=0, warmup=0, epochs=8, lr=1e-2)
+    if method == "rapf":
+        values.update(lr=5e-3)
+    if method == "slca":
+        values.update(lr=1e-2, epochs=12, tower_lr_scale=0.1)
+    if method == "cgil":
+        values.update(lr=1e-2, epochs=6, draws=64, batch_size=128, replay="full", images=128)
     known = {**launch.method_options(launch.method_entry(method)), **options(Settings)}
     return {key: value for key, value in values.items() if key in known}
 

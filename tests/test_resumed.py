@@ -71,6 +71,10 @@ def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
             "moe_adapters",
             {"experts": 3, "reference": "none", "selector_steps": 3, "selector_code": 8, "task_id": "hidden"},
         ),
+        ("rapf", {"precision": "bf16", "init": "random"}),
+        ("slca", {"epochs": 2, "align_draws": 8}),
+        ("finetune+slca", {"answer.epochs": 2, "align_epochs": 1}),
+        ("cgil", {"images": 64, "epochs": 1, "draws": 2, "vae_passes": 10, "vae_hidden": 8, "vae_latent": 4}),
     ],
 )
 def test_broken_off_and_gone_on_with_ends_with_the_same_bits(

@@ -113,8 +113,13 @@ class Method(Answering, Learner):
         return Schedule(
             steps=c.iterations * task.parts, epochs=c.epochs, lr=c.lr_by_task.get(task.name, c.lr), warmup=c.warmup,
             batch_size=c.batch_size, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
-            betas=(c.beta1, c.beta2), clip=c.clip_grad, milestones=c.milestones, gamma=c.gamma,
+            betas=(c.beta1, c.beta2), clip=c.clip_grad, milestones=c.milestones, gamma=c.gamma, rates=self.tower_rates(),
         ).over(len(task.train))  # fmt: skip
+
+    def tower_rates(self) -> dict[str, float]:
+        """The factor on the rate of all that stands in the towers, by how its names begin."""
+        scale = self.config.tower_lr_scale
+        return {} if scale == 1 else {f"{name}.": scale for name, _ in self.clip.backbone.named_children()}
 
     def step(self, batch: Batch, backward: Backward) -> None:
         """One batch: the loss of the logits over the task's classes, cross entropy as a rule."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
@@ -76,15 +75,14 @@ class CLIP(TwoTowers):
         return seen.pooler_output
 
     def project(self, pooled: Tensor) -> Tensor:
-        """What the image tower pools (B, H) → unit embeddings (B, D), in fp32."""
+        """What the image tower pools (B, H) → embeddings (B, D) that are not unit yet, in fp32."""
         with torch.autocast(pooled.device.type, enabled=False):
-            return F.normalize(self.backbone.visual_projection(pooled.float()), dim=-1)
+            return self.backbone.visual_projection(pooled.float())
 
     def read(self, ids: Tensor) -> Tensor:
-        """Unit text embeddings (N, D) in fp32, of token ids (N, L)."""
         hidden = self.backbone.text_model(input_ids=ids).pooler_output
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.normalize(self.backbone.text_projection(hidden.float()), dim=-1)
+            return self.backbone.text_projection(hidden.float())
 
     # ---- in files
 
