@@ -17,9 +17,9 @@ from perdure.engine.settings import Settings
 from perdure.launch.sources import methods
 
 LEARNERS = sorted(e.name for e in methods() if "role" not in e.about and e.name not in ("zero_shot", "ncm"))
-MERGES = ("wise_ft", "weight_average", "task_arithmetic", "ties", "magmax")
+MERGES = ("wise_ft", "weight_average", "task_arithmetic", "ties", "magmax", "we", "zscl", "zscl+condu")
 BRIEF = dict(images=64, iterations=25, warmup=2, lr=5e-4, batch_size=32, precision="fp32")
-REPLAY = dict(synthetic=24, sampling_steps=2, sampling_batch=8, synthetic_batch=12)
+REPLAY = dict(synthetic=24, sampling_steps=2, sampling_batch=8, synthetic_batch=12, reference_batch=12)
 
 
 def two_tasks() -> Stream:
@@ -43,6 +43,12 @@ def settings(method: str) -> dict[str, Any]:
         values.update(experts=4, lr=5e-3, reference="none", selector_steps=20)
     if method == "mg_clip":
         values.update(iterations=0, warmup=0, epochs=8, lr=1e-2)
+    if method == "rapf":
+        values.update(lr=5e-3)
+    if method == "slca":
+        values.update(lr=1e-2, epochs=12, tower_lr_scale=0.1)
+    if method == "cgil":
+        values.update(lr=1e-2, epochs=6, draws=64, batch_size=128, replay="full", images=128)
     known = {**launch.method_options(launch.method_entry(method)), **options(Settings)}
     return {key: value for key, value in values.items() if key in known}
 

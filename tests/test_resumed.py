@@ -61,12 +61,20 @@ def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
         ("finetune", {"shots": 2}),
         ("ridge_patches", {"features": 48, "judge": 16}),
         ("finetune+ridge", {"features": 48, "on": "drifting"}),
+        ("zscl", {"reference": "drawings", "reference_batch": 8}),
+        ("lwf_vr", {"reference_batch": 8, "average": "we_wise"}),
+        ("icarl", {"reference_batch": 8, "memory": 30}),
+        ("wise_ft", {"towards": "previous"}),
         ("codyra", {"precision": "bf16", "kappa": 0.5, "dense": 0.0, "kappa_steps": 2}),
         ("keep_lora", {"epochs": 2, "head": True}),
         (
             "moe_adapters",
             {"experts": 3, "reference": "none", "selector_steps": 3, "selector_code": 8, "task_id": "hidden"},
         ),
+        ("rapf", {"precision": "bf16", "init": "random"}),
+        ("slca", {"epochs": 2, "align_draws": 8}),
+        ("finetune+slca", {"answer.epochs": 2, "align_epochs": 1}),
+        ("cgil", {"images": 64, "epochs": 1, "draws": 2, "vae_passes": 10, "vae_hidden": 8, "vae_latent": 4}),
     ],
 )
 def test_broken_off_and_gone_on_with_ends_with_the_same_bits(

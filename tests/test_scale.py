@@ -60,7 +60,14 @@ def step(clip: CLIP, stream: Stream, name: str, parts: int = 1, blocks: bool = F
     if blocks:
         by_blocks(clip.backbone)
     known = {key: option.default for key, (_, option) in launch.method_options(launch.method_entry(name)).items()}
-    asked = {"batch_size": 8, "synthetic_batch": 11, "label_smoothing": 0.1, "lora_init": "random", **values}
+    asked = {
+        "batch_size": 8,
+        "synthetic_batch": 11,
+        "label_smoothing": 0.1,
+        "lora_init": "random",
+        "reference": "drawings",
+        **values,
+    }
     reseed(0, "bind")
     learner = launch.build(name, {**known, **{key: value for key, value in asked.items() if key in known}})
     learner.bind(clip, stream.context())

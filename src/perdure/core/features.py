@@ -17,24 +17,35 @@ class Features:
     """N images as an image tower sees them, in fp32.
 
     ``embedded`` (N, D): unit, in the space of the texts; ``pooled`` (N, H): before the projection into it; ``patches``
-    (N, H·g²): a block's patches as means over g × g fields; (N, 0) where none were asked for.
+    (N, H·g²): a block's patches as means over g × g fields; (N, 0) where none were asked for. ``norms`` (N, 1): how long
+    the projections were before they were made unit; None: as long as that.
     """
 
     embedded: Tensor
     pooled: Tensor
     patches: Tensor
+    norms: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.embedded)
 
+    @property
+    def raw(self) -> Tensor:
+        """(N, D): the projections as they were, not unit."""
+        return self.embedded if self.norms is None else self.embedded * self.norms
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is there, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
     def __getitem__(self, rows: Tensor) -> Features:
         rows = rows.to(self.embedded.device)
-        return Features(self.embedded[rows], self.pooled[rows], self.patches[rows])
+        return Features(**{name: tensor[rows] for name, tensor in self.tensors().items()})
 
     @staticmethod
     def cat(parts: list[Features]) -> Features:
         """Several sets as one."""
-        return Features(*(torch.cat([getattr(p, f) for p in parts]) for f in ("embedded", "pooled", "patches")))
+        return Features(**{name: torch.cat([p.tensors()[name] for p in parts]) for name in parts[0].tensors()})
 
 
 class Memory:
@@ -58,4 +69,4 @@ class Memory:
 
 def size(found: Any) -> int:
     """Bytes of a tensor, or of all those of ``Features``."""
-    return found.nbytes if isinstance(found, Tensor) else sum(t.nbytes for t in vars(found).values())
+    return found.nbytes if isinstance(found, Tensor) else sum(t.nbytes for t in found.tensors().values())

@@ -27,6 +27,7 @@ class Context:
     the stream's; ``drawn(done, total, new)`` hears how the drawing of images goes, ``warn(text)`` what
     someone should know. ``tasks`` are those of the stream: a method that replays real images keeps their numbers as state,
     and takes the images themselves from there. ``labels``: the classes that compete, as the protocol of a run has it.
+    ``drawings()`` are pictures of the stream's world that belong to none of its tasks, with captions (None: there are none).
     """
 
     seed: int = 0
@@ -38,6 +39,7 @@ class Context:
     warn: Callable[[str], None] = silent
     tasks: tuple[Task, ...] = ()
     labels: str = "task"
+    drawings: Callable[[], Images] | None = None
 
     def images(self, task: str, index: Tensor) -> Images:
         """Training images of a task by its name, those numbered ``index`` (n,)."""

@@ -122,7 +122,7 @@ class Stream:
     ``labels`` and ``task_id`` are the protocol that the stream is usually evaluated under; ``model`` the CLIP that it was
     made for; ``defaults`` the option values that suit it; ``digest`` identifies the split; ``notes`` the data's licences.
     ``generator`` is the text-to-image model of its world and ``vocabulary`` what that model can be asked to draw, for
-    methods that replay synthetic images; empty: there is none.
+    methods that replay synthetic images; empty: there is none. ``drawings()`` are real pictures of that world beside the tasks.
     """
 
     name: str
@@ -136,13 +136,14 @@ class Stream:
     notes: tuple[str, ...] = ()
     generator: str = ""
     vocabulary: tuple[Class, ...] = ()
+    drawings: Callable[[], Images] | None = None
 
     def context(
         self, seed: int = 0, folder: Path | None = None, drawn: OnDraw = silent, warn: Callable[[str], None] = silent,
         labels: str = "",
     ) -> Context:  # fmt: skip
         """What a run of this stream offers its method."""
-        offered = self.generator, self.vocabulary, drawn, warn, self.tasks, labels or self.labels
+        offered = self.generator, self.vocabulary, drawn, warn, self.tasks, labels or self.labels, self.drawings
         return Context(seed, folder, self.name, *offered)
 
     def __post_init__(self) -> None:

@@ -50,6 +50,7 @@ class Method(Answering, Learner):
 
     Config: ClassVar[type] = Recipe
     State: ClassVar[type] = State
+    plays: ClassVar[Sequence[str]] = ("learn", "fuse", "answer")  # in another role it has nothing of its own to say
     role_options: ClassVar[Mapping[str, type]] = {}  # the options that count where only this role is played
     scope: ClassVar[Literal["task", "stream"]] = "task"  # stream: sees all tasks at once
     learns: ClassVar[bool] = True  # False: no task changes anything
@@ -112,8 +113,13 @@ class Method(Answering, Learner):
         return Schedule(
             steps=c.iterations * task.parts, epochs=c.epochs, lr=c.lr_by_task.get(task.name, c.lr), warmup=c.warmup,
             batch_size=c.batch_size, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
-            betas=(c.beta1, c.beta2), clip=c.clip_grad, milestones=c.milestones, gamma=c.gamma,
+            betas=(c.beta1, c.beta2), clip=c.clip_grad, milestones=c.milestones, gamma=c.gamma, rates=self.tower_rates(),
         ).over(len(task.train))  # fmt: skip
+
+    def tower_rates(self) -> dict[str, float]:
+        """The factor on the rate of all that stands in the towers, by how its names begin."""
+        scale = self.config.tower_lr_scale
+        return {} if scale == 1 else {f"{name}.": scale for name, _ in self.clip.backbone.named_children()}
 
     def step(self, batch: Batch, backward: Backward) -> None:
         """One batch: the loss of the logits over the task's classes, cross entropy as a rule."""
@@ -121,10 +127,14 @@ class Method(Answering, Learner):
 
     def task_loss(self, batch: Batch) -> Tensor:
         """The classification loss of the task at hand."""
+        return self.classify(self.clip.encode_image(batch.images), batch.labels)
+
+    def classify(self, images: Tensor, labels: Tensor) -> Tensor:
+        """``task_loss`` of images that are embedded already, (B, D), against labels (B,)."""
         texts = self.frozen_texts if self.frozen_texts is not None else self.clip.encode_tokens(self.tokens)
-        logits = self.clip.similarity(self.clip.encode_image(batch.images), texts)
+        logits = self.clip.similarity(images, texts)
         loss = {"softmax": classification, "sigmoid": pairwise}[getattr(self.config, "loss", "softmax")]
-        return loss(logits, batch.labels, self.config.label_smoothing, self.group)
+        return loss(logits, labels, self.config.label_smoothing, self.group)
 
     # ---- what it brings
 

@@ -6,6 +6,7 @@ condu+mg_clip        ConDU, and MG-CLIP's head on the pre-trained features, whic
 gift+condu+mg_clip   all three
 finetune+ridge       sequential fine-tuning, and a ridge head on the pre-trained features
 condu+ridge          ConDU's experts, and a ridge head on the pre-trained features
+finetune+slca        sequential fine-tuning, and SLCA's aligned heads on the image features it leaves
 ridge_patches        the ridge head alone, wide, and on patches too
 """
 
@@ -34,6 +35,10 @@ METHODS.add(
 METHODS.add(
     "condu+ridge", Row(learn=("finetune", {}), fuse=("condu", {}), answer=("ridge", {})),
     "ConDU's experts, with a ridge head on the pre-trained image features.",
+)  # fmt: skip
+METHODS.add(
+    "finetune+slca", Row(learn=("finetune", {}), answer=("slca", {})),
+    "Sequential fine-tuning, with SLCA's aligned heads on its image features.",
 )  # fmt: skip
 METHODS.add(
     "ridge_patches", Row(learn=("ridge", {"input": "patches", "features": 4096, "judge": 1024})),

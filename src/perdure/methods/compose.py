@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from perdure.core.errors import PerdureError
 from perdure.core.features import Features
 from perdure.core.packing import Packed
 from perdure.data.files import Pixels
@@ -24,6 +25,12 @@ class Compose(Method):
     """
 
     def __init__(self, learn: Method, fuse: Method | None = None, answer: Method | None = None):
+        for role, part in (("learn", learn), ("fuse", fuse), ("answer", answer)):
+            if part is not None and role not in part.plays:
+                raise PerdureError(
+                    f"{type(part).__name__} cannot be asked to {role}: it plays {', '.join(part.plays)} alone. Leave the role "
+                    "out, or give it to another method."
+                )
         self.learn, self.fuser, self.answerer = learn, fuse or learn, answer or learn
         self.parts = {"learn": learn, "fuse": self.fuser, "answer": self.answerer}
         self.scope = learn.scope  # type: ignore[misc]

@@ -1,7 +1,8 @@
 """Merging by arithmetic on weights: what fusion of models is compared with. Memory does not grow with the tasks.
 
 ``interpolate``: WiSE-FT (Wortsman et al., CVPR 2022, arXiv:2109.01903), θ = (1 - α)·θ⁰ + α·θ_tuned; here task after task: the
-next one starts from the interpolated weights. The rest merge deltas δᵗ = θᵗ - θ⁰ of experts tuned from θ⁰:
+next one starts from the interpolated weights. ``towards=previous``: back to what the task began with, θᵗ⁻¹ in the place of θ⁰,
+as in the table of ZSCL (arXiv:2303.06628; there α = 0.8). The rest merge deltas δᵗ = θᵗ - θ⁰ of experts tuned from θ⁰:
 ``average``: θ⁰ + mean δ (model soups, Wortsman et al., ICML 2022, arXiv:2203.05482).
 ``sum``: θ⁰ + scale·Σ δ (task arithmetic, Ilharco et al., ICLR 2023, arXiv:2212.04089).
 ``ties``: of each δ only the ``density`` largest magnitudes a tensor are kept; the sign of their sum is elected; scale times
@@ -30,6 +31,10 @@ Rule = Literal["interpolate", "average", "sum", "ties", "magmax"]
 class Config:
     rule: Annotated[Rule, Field(description="which merge")] = "interpolate"
     alpha: Annotated[float, Field(ge=0, le=1, description="interpolate: share of the tuned weights")] = 0.5
+    towards: Annotated[
+        Literal["initial", "previous"],
+        Field(description="interpolate: with the pre-trained weights, or those that the task began with"),
+    ] = "initial"
     scale: Annotated[float, Field(ge=0, description="sum, ties, magmax: of the merged delta")] = 0.3
     density: Annotated[float, Field(gt=0, le=1, description="ties: share of a tensor's deltas that is kept")] = 0.2
 
@@ -59,12 +64,15 @@ class Merge(Method):
             self.clip.load_weights(f"tuned {self.state.count}", self.state.last)
         elif self.config.rule != "interpolate":
             self.clip.restart()
+        elif self.config.towards == "previous":
+            self.before = self.clip.weights()
 
     def fuse(self, task: Task) -> None:
         tuned, state = self.clip.weights(), self.state
         state.count += 1
         if self.config.rule == "interpolate":
-            merged = interpolate(self.clip.pretrained, tuned, self.config.alpha)
+            back = self.before if self.config.towards == "previous" else self.clip.pretrained
+            merged = interpolate(back, tuned, self.config.alpha)
         elif self.config.rule == "average":
             merged = interpolate(state.mean, tuned, 1 / state.count) if state.mean else tuned
             state.mean = merged
@@ -108,7 +116,7 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
 
 
 for name, rule, summary, paper in (
-    ("wise_ft", "interpolate", "Fine-tuning interpolated with the pre-trained weights after each task.", "2109.01903"),
+    ("wise_ft", "interpolate", "Fine-tuning interpolated with the weights before it, after each task.", "2109.01903"),
     (
         "weight_average",
         "average",

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from perdure.core.errors import PerdureError
 from perdure.core.features import Features
@@ -38,29 +38,23 @@ from perdure.core.seeding import derive
 from perdure.data.copies import copies
 from perdure.data.files import Pixels, all_cropped
 from perdure.data.task import Class, Context, Query, Task
-from perdure.methods.base import Method, register
+from perdure.methods.base import register
+from perdure.methods.base_head import STEADY, HeadMethod
 from perdure.models.clip import CLIP
 from perdure.models.heads import known, mix, places
 from perdure.models.lift import RandomLayer
 from perdure.ops import ridge
 from perdure.training.closed_form import OPEN, ClosedForm, ClosedFormRecipe, Sums
-from perdure.training.schedule import Schedule
-
-STEADY = 0.02  # a mean move of features that is not worth a warning
 
 
 @register("ridge", paper="arXiv:2406.18868")
-class Ridge(Method):
+class Ridge(HeadMethod):
     """A closed-form head on frozen features, mixed with the text; exact, in any order, in seconds."""
 
     Config = ClosedFormRecipe
     State = Sums
     state: Sums
     role_options = {"answer": ClosedFormRecipe}
-
-    def bind(self, clip: CLIP, context: Context | None = None) -> None:
-        clip.backbone.requires_grad_(False)
-        self.join(clip, context or Context())
 
     def join(self, clip: CLIP, context: Context) -> None:
         super().join(clip, context)
@@ -71,15 +65,6 @@ class Ridge(Method):
             clip.checked_side(c.block, c.grid)
         lift = RandomLayer(c.features, c.weights, derive(context.seed, "random layer of ridge"))
         self.head = ClosedForm(self.state, lift, context.warn)
-
-    def begin_task(self, task: Task) -> None:
-        """Nothing is trained."""
-
-    def schedule(self, task: Task) -> Schedule:
-        return Schedule(steps=0, lr=0.0, warmup=0, batch_size=1)
-
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        return {}
 
     # ---- features
 
@@ -98,12 +83,6 @@ class Ridge(Method):
         return F.normalize(x, dim=1) if c.unit else x
 
     # ---- learning
-
-    def foresees(self) -> bool:
-        return self.config.on == "drifting"
-
-    def foresee(self, task: Task) -> None:
-        self.before = self.inputs(self.look(task.train.pixels))
 
     @torch.no_grad()
     def calibrate(self, task: Task) -> None:
@@ -135,17 +114,6 @@ class Ridge(Method):
         draw = torch.Generator().manual_seed(derive(self.context.seed, task.name, "crops of ridge"))
         with self.clip.remembering(False):
             return Features.cat([self.look(crop) for crop in all_cropped(task.train.pixels, self.clip.size, draw)])
-
-    def rows_of(self, task: Task) -> Tensor:
-        """The row of each of the task's classes (C,); a new one where a new class has images, -1 where a class has none."""
-        state, there = self.state, set(task.train.labels.tolist())
-        place = places(state.classes)
-        rows = [
-            place.setdefault((c.name, c.templates), len(place)) if k in there else -1
-            for k, c in enumerate(task.classes)
-        ]
-        state.classes = list(place)
-        return torch.tensor(rows)
 
     def count(self, task: Task, rows: Tensor) -> None:
         """Note how many images each row has seen."""
@@ -185,9 +153,8 @@ class Ridge(Method):
     def drifted(self, task: Task, after: Tensor) -> None:
         """Say how far the features of the task's images moved while it was learned: so far the old sums are off."""
         before = self.before
-        far = ((after - before).norm(dim=1) / before.norm(dim=1).clamp_min(1e-12)).mean().item()
-        self.state.moved = {**self.state.moved, task.name: far}
-        if self.state.tasks and not self.config.reencode and far > STEADY:
+        far = self.move(task, after)
+        if before is not None and self.state.tasks and not self.config.reencode and far > STEADY:
             old = range(len(self.state.classes))
             answers = [self.head.scores(x, old).argmax(1) for x in (before, after)]
             agree = (answers[0] == answers[1]).double().mean().item()
@@ -209,9 +176,6 @@ class Ridge(Method):
 
     # ---- answering
 
-    def finalizes(self) -> bool:
-        return True
-
     def finalize(self, query: Query, logits: Tensor) -> Tensor:
         c, state = self.config, self.state
         columns, rows = known(state.classes, query.classes)
@@ -225,8 +189,7 @@ class Ridge(Method):
 
     def remarks(self) -> dict[str, float]:
         s = self.state
-        said = {"λ": s.lam, "τ": s.temperature, "share of the head": s.weight}
-        return {**said, **({"features moved by": list(s.moved.values())[-1]} if s.moved else {})}
+        return {"λ": s.lam, "τ": s.temperature, "share of the head": s.weight, **super().remarks()}
 
     def unpack_state(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
         super().unpack_state(files, values)

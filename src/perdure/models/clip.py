@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
@@ -76,15 +75,14 @@ class CLIP(TwoTowers):
         return seen.pooler_output
 
     def project(self, pooled: Tensor) -> Tensor:
-        """What the image tower pools (B, H) → unit embeddings (B, D), in fp32."""
+        """What the image tower pools (B, H) → embeddings (B, D) that are not unit yet, in fp32."""
         with torch.autocast(pooled.device.type, enabled=False):
-            return F.normalize(self.backbone.visual_projection(pooled.float()), dim=-1)
+            return self.backbone.visual_projection(pooled.float())
 
     def read(self, ids: Tensor) -> Tensor:
-        """Unit text embeddings (N, D) in fp32, of token ids (N, L)."""
         hidden = self.backbone.text_model(input_ids=ids).pooler_output
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.normalize(self.backbone.text_projection(hidden.float()), dim=-1)
+            return self.backbone.text_projection(hidden.float())
 
     # ---- in files
 
@@ -128,7 +126,7 @@ class CLIP(TwoTowers):
         plain.load_state_dict(self.weights(), strict=False)
         mean, std = list(self.preprocessing.mean), list(self.preprocessing.std)
         processor = getattr(transformers, hub.KINDS[self.kind].replace("Model", "ImageProcessor"))(
-            **self.sized(), image_mean=mean, image_std=std, do_convert_rgb=True,
+            **self.size_keys(), image_mean=mean, image_std=std, do_convert_rgb=True,
             resample=loading.NUMBER[self.fit.resample],
         )  # fmt: skip
         with loading.quiet():
@@ -136,7 +134,7 @@ class CLIP(TwoTowers):
         self.tokenizer.save_pretrained(folder)
         processor.save_pretrained(folder)
 
-    def sized(self) -> dict[str, Any]:
+    def size_keys(self) -> dict[str, Any]:
         """``fit`` in the words of transformers' image processors."""
         square = {"height": self.size, "width": self.size}
         if not self.fit.crop:

@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
@@ -56,7 +55,7 @@ class SigLIP(CLIP):
             return self.backbone.vision_model.head(seen.last_hidden_state.float())
 
     def project(self, pooled: Tensor) -> Tensor:
-        return F.normalize(pooled.float(), dim=-1)
+        return pooled.float()
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (N, L), padded to the text tower's context."""
@@ -68,7 +67,7 @@ class SigLIP(CLIP):
     def read(self, ids: Tensor) -> Tensor:
         hidden = self.backbone.text_model(input_ids=ids).last_hidden_state[:, -1]
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.normalize(self.backbone.text_model.head(hidden.float()), dim=-1)
+            return self.backbone.text_model.head(hidden.float())
 
     def check_loaded(self) -> None:
         if self.tokenizer.pad_token_id is None:
@@ -101,5 +100,5 @@ class SigLIP2(SigLIP):
             pixel_values=values, pixel_attention_mask=None, spatial_shapes=shapes, output_hidden_states=hidden
         )
 
-    def sized(self) -> dict[str, Any]:
+    def size_keys(self) -> dict[str, Any]:
         return {"patch_size": self.size // self.patches, "max_num_patches": self.patches**2}

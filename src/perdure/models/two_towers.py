@@ -113,15 +113,21 @@ class TwoTowers(Held):
 
     # ---- images
 
+    def sized(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8, or float in 0 … 1 → (B, 3, size, size) float in 0 … 1."""
+        x = as_floats(images.to(self.device))
+        return x if x.shape[-2:] == (self.size, self.size) else resized(x, self.size, self.fit)
+
     def pixels(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8, or float in 0 … 1 → the vision tower's input, resized and normalised."""
-        x = as_floats(images.to(self.device))
-        if x.shape[-2:] != (self.size, self.size):
-            x = resized(x, self.size, self.fit)
-        return (x - self.mean) / self.std
+        return (self.sized(images) - self.mean) / self.std
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Unit image embeddings (B, D) in fp32, of images as ``pixels`` takes them."""
+        return F.normalize(self.image_features(images), dim=-1)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """``encode_image`` before it is made unit."""
         return in_parts(lambda some: self.project(self.pooled(self.seen(some))), images, self.accumulate)
 
     def features(self, pixels: Any, block: int = 0, grid: int = 1) -> Features:
@@ -133,11 +139,12 @@ class TwoTowers(Held):
         def features(images: Tensor) -> Features:
             out = self.seen(images, hidden=block > 0)
             pooled = self.pooled(out).float()
-            if not block:
-                return Features(self.project(pooled), pooled, pooled[:, :0])
-            tokens = out.hidden_states[-block][:, self.class_token :].float()
-            fields = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-            return Features(self.project(pooled), pooled, F.adaptive_avg_pool2d(fields, grid).flatten(1))
+            raw, patches = self.project(pooled), pooled[:, :0]
+            if block:
+                tokens = out.hidden_states[-block][:, self.class_token :].float()
+                fields = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+                patches = F.adaptive_avg_pool2d(fields, grid).flatten(1)
+            return Features(F.normalize(raw, dim=-1), pooled, patches, raw.norm(dim=-1, keepdim=True))
 
         def all_seen() -> Features:
             return Features.cat([features(images) for images in pixels.split(self.evaluation_batch)])
@@ -162,7 +169,30 @@ class TwoTowers(Held):
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Unit text embeddings (N, D) in fp32, of token ids (N, L)."""
+        return F.normalize(self.text_features(ids), dim=-1)
+
+    def text_features(self, ids: Tensor) -> Tensor:
+        """``encode_tokens`` before it is made unit."""
         return in_parts(self.read, ids, self.accumulate)
+
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        """What the text tower makes of a token before it adds its position."""
+        return self.backbone.text_model.embeddings.token_embedding
+
+    def encode_embeddings(self, embeddings: Tensor, ids: Tensor) -> Tensor:
+        """``encode_tokens`` with these embeddings (N, L, W) in the place of those of the tokens; pooled, as ever, where
+        ``ids`` (N, L) say. ``PerdureError`` where L is longer than the text tower reads."""
+        if ids.shape[1] > (context := self.backbone.config.text_config.max_position_embeddings):
+            raise PerdureError(
+                f"A prompt with learned vectors is {ids.shape[1]} tokens long; the text tower of {self.path} reads {context}. "
+                "Take fewer vectors, or shorter names and templates."
+            )
+        hook = self.token_embedding.register_forward_hook(lambda *_: embeddings)
+        try:
+            return F.normalize(self.read(ids), dim=-1)
+        finally:
+            hook.remove()
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit text embeddings (N, D) in fp32."""
@@ -229,7 +259,7 @@ class TwoTowers(Held):
 
     @abstractmethod
     def project(self, pooled: Tensor) -> Tensor:
-        """What the image tower pools (B, H) → unit embeddings (B, D), in fp32."""
+        """What the image tower pools (B, H) → embeddings (B, D) that are not unit yet, in fp32."""
 
     @abstractmethod
     def tokens(self, prompts: Sequence[str]) -> Tensor:
@@ -237,7 +267,7 @@ class TwoTowers(Held):
 
     @abstractmethod
     def read(self, ids: Tensor) -> Tensor:
-        """``encode_tokens`` of all ids at once."""
+        """(N, D) in fp32, not unit yet, of token ids (N, L), all at once."""
 
 
 def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:

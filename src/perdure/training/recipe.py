@@ -45,6 +45,9 @@ class Training:
     beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's and Adam's")] = 0.999
     clip_grad: Annotated[float | None, Field(gt=0, description="largest norm of the gradient; none: no limit")] = None
     towers: Annotated[Literal["both", "image", "text"], Field(description="which towers learn")] = "both"
+    tower_lr_scale: Annotated[
+        float, Field(ge=0, description="factor on the towers' rate, where more learns beside them (SLCA: 0.01)")
+    ] = 1.0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ class Schedule:
     (``stride`` steps). With ``milestones`` the rate stays after the warm-up and is multiplied by ``gamma`` at each of these
     steps instead. ``one_cycle``: see ``phase``. ``epochs``: passes over the images in place of steps; see ``over``. ``rates``:
     factors on the rate of parameters whose names begin so (the longest beginning counts). ``augment``: whether images are
-    cropped at random.
+    cropped at random. ``restart``: after so many steps the cosine begins anew, and after twice as many again, and so on; 0:
+    never.
     """
 
     steps: int
@@ -39,6 +40,7 @@ class Schedule:
     gamma: float = 0.1
     one_cycle: bool = False
     epochs: int = 0
+    restart: int = 0
     rates: Mapping[str, float] = field(default_factory=dict)
 
     def over(self, count: int) -> Schedule:
@@ -60,7 +62,12 @@ class Schedule:
         if self.milestones:
             return self.lr * self.gamma ** sum(step >= m for m in self.milestones)
         length = (self.steps if self.horizon is None else self.horizon) - self.warmup
-        gone = (step - self.warmup) // self.stride * self.stride
+        gone = step - self.warmup
+        if self.restart:
+            length = self.restart
+            while gone >= length:
+                gone, length = gone - length, 2 * length
+        gone = gone // self.stride * self.stride
         return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * gone / max(1, length))))
 
     def phase(self, step: int) -> tuple[bool, float]:

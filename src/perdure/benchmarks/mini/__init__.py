@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,15 @@ def stream(name: str, tasks: tuple[Task, ...], source: str, labels: str, task_id
     return Stream(
         name, tasks, probe(), str(MODEL), identity, labels, task_id, defaults, notes(),
         generator=str(GENERATOR), vocabulary=vocabulary(),
+        drawings=partial(beside, class_incremental if source == "multi_domain" else partial(multi_domain, "I")),
     )  # fmt: skip
+
+
+def beside(other: Callable[[], Stream]) -> Images:
+    """The training drawings of another stream of this world, with captions: real ones, of other concepts as a rule."""
+    tasks = other().tasks
+    captions = tuple(task.prompts()[k] for task in tasks for k in task.train.labels.tolist())
+    return Images(torch.cat([t.train.pixels for t in tasks]), torch.cat([t.train.labels for t in tasks]), captions)
 
 
 @cache

@@ -71,6 +71,7 @@ def stream_of(name: str, found: Sequence[Found], told: Told) -> Stream:
     return Stream(
         name, tuple(tasks), mini.probe(), str(mini.MODEL), whole, told.labels, told.task_id,
         mini.multi_domain("I").defaults, notes, generator=str(mini.GENERATOR), vocabulary=mini.vocabulary(),
+        drawings=mini.multi_domain("I").drawings,
     )  # fmt: skip
 
 
