@@ -15,22 +15,22 @@ from perdure.core.features import Features
 from perdure.core.pixels import Fit, as_floats, resized
 from perdure.models.held import Held
 from perdure.models.loading import Preprocessing
+from perdure.models.logits import Logits
 from perdure.models.recompute import in_parts
-from perdure.models.towers import Part, Scores
+from perdure.models.towers import Part
 
 PARTS: dict[str, Part] = {
     "vision_model": "image", "visual_projection": "image", "logit_scale": "scale", "logit_bias": "scale"
 }  # fmt: skip
 
 
-class TwoTowers(Held):
+class TwoTowers(Logits, Held):
     """Towers with their tokenizer and preprocessing; the hooks at the end are an architecture's own.
 
     Weights are fp32 (the master copy); the caller's autocast decides how the towers compute. The final projections and
     everything after them stay in fp32: bf16 hides small differences between similarities.
     """
 
-    kind: ClassVar[str]  # transformers' model_type
     usual: ClassVar[Preprocessing]  # where a checkpoint does not say
     class_token: ClassVar[int]  # tokens of the image tower before the patches
     remark: ClassVar[str] = ""  # what someone should know who uses it
@@ -77,39 +77,6 @@ class TwoTowers(Held):
     def view(self) -> tuple[int, Fit]:
         """How it is shown pictures: ``images.at(*clip.view)``."""
         return self.size, self.fit
-
-    # ---- logits
-
-    @property
-    def scale(self) -> Tensor:
-        """The factor between cosine similarities and logits, exp(logit_scale)."""
-        return self.backbone.logit_scale.exp()
-
-    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
-        """s·I·Tᵀ in fp32, of unit embeddings (B, D) and (C, D)."""
-        with torch.autocast(images.device.type, enabled=False):
-            return self.scale * images @ texts.T
-
-    def scaled(self, images: Tensor, texts: Tensor) -> Tensor:
-        """s·I·Tᵀ, without the bias that a model may add to it."""
-        logits = self.similarity(images, texts)
-        return logits if self.bias is None else logits - self.bias
-
-    def probabilities(self, logits: Tensor, scores: Scores = "softmax") -> Tensor:
-        """Of logits (B, C) of ``similarity``: over the classes (the bias cancels), or of each class for itself, as a model with
-        a bias was trained to say it. ``PerdureError`` for ``sigmoid`` of a model without."""
-        if scores == "softmax":
-            return logits.softmax(1)
-        self.check_bias("sigmoid scores")
-        return logits.sigmoid()
-
-    def check_bias(self, what: str) -> None:
-        """Refuse what only a model that was trained with a bias can do."""
-        if self.bias is None:
-            raise PerdureError(
-                f"{what}: {self.path} is a '{self.kind}' model, whose logits have no bias and mean nothing one by one. Use "
-                "softmax, or a SigLIP."
-            )
 
     # ---- images
 
@@ -243,11 +210,6 @@ class TwoTowers(Held):
     @abstractmethod
     def sides(cls, vision: Any) -> tuple[int, int]:
         """By the image tower's configuration: the side of its images in pixels, and in patches."""
-
-    @property
-    @abstractmethod
-    def bias(self) -> Tensor | None:
-        """What is added to logits; None: nothing."""
 
     @abstractmethod
     def seen(self, images: Tensor, hidden: bool = False) -> Any:

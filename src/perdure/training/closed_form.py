@@ -85,9 +85,8 @@ class Sums:
     scale: float = 0.0  # mean ‖φ‖² of the first task's images
     images: int = 0  # that λ, τ and w were judged by
     evidence: ridge.Evidence = field(default_factory=list)  # Σ over tasks, by λ and τ
-    evidence_of_all: ridge.Evidence = field(
-        default_factory=list
-    )  # by τ, of the λ of the day, where λ was judged by fewer features
+    # by τ, of the λ of the day, where λ was judged by fewer features
+    evidence_of_all: ridge.Evidence = field(default_factory=list)
     lam: float = 0.0
     temperature: float = 1.0
     weight: float = 1.0

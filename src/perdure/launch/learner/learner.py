@@ -32,7 +32,7 @@ from perdure.engine.watcher import Watcher
 from perdure.launch.learner.answers import Answer, Pictures, answered
 from perdure.launch.learner.comparison import Outcome, Outcomes, Row, compared, refusal
 from perdure.launch.learner.making import Asked, check_same, configured, read_home
-from perdure.launch.learner.pictures import check_unchanged, pictures_of, prepared
+from perdure.launch.learner.pictures import check_unchanged, pictures_of, planned, prepared
 from perdure.launch.learner.probe import keep_probe, probe_of
 from perdure.launch.learner.state import Current, bound, check_task, noted
 from perdure.methods.base import Method
@@ -85,7 +85,7 @@ class Learner:
             make, stream = pictures_of(pictures, name)
             config = self.made or configured(self.folder, stream, self.asked, self.watcher.warn)
             if dry_run:
-                return self.planned(stream)
+                return planned(stream, home.course(self.folder, tensors=False)[1] if self.made else [])
             self.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.folder):
                 self.begin(config)
@@ -95,21 +95,6 @@ class Learner:
                     if not out[-1].accepted:
                         break
                 return Outcomes(out)
-
-    def planned(self, stream: Stream) -> Outcomes:
-        """What would be learned, in words."""
-        learned = home.course(self.folder, tensors=False)[1] if self.made else []
-        out = []
-        for task in stream.tasks:
-            ready, about, said = prepared(task, learned)
-            if ready is not None:
-                names = ", ".join(c.name for c in ready.classes)
-                said.append(
-                    f"{ready.name} would be learned: {about['train']} training and {about['test']} test pictures of "
-                    f"{len(ready.classes)} classes ({names})."
-                )
-            out.append(Outcome(task.name, already=ready is None, planned=True, notes=tuple(said)))
-        return Outcomes(out)
 
     def begin(self, config: dict[str, Any]) -> None:
         """Make the HOME, or what a stop has left undone of it: its configuration, the probe's pictures, row 0."""

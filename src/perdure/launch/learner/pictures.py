@@ -18,6 +18,7 @@ from perdure.data.files import Files
 from perdure.data.places import mark
 from perdure.data.task import Images, Stream, Task
 from perdure.engine.home import Learned, known_as, written
+from perdure.launch.learner.comparison import Outcome, Outcomes
 from perdure.launch.sources import find_stream
 
 
@@ -112,3 +113,18 @@ def prepared(task: Task, learned: Sequence[Learned]) -> tuple[Task | None, dict[
         "marks": own,
     }  # fmt: skip
     return task, about, said
+
+
+def planned(stream: Stream, learned: Sequence[Learned]) -> Outcomes:
+    """What would be learned, in words."""
+    out = []
+    for task in stream.tasks:
+        ready, about, said = prepared(task, learned)
+        if ready is not None:
+            names = ", ".join(c.name for c in ready.classes)
+            said.append(
+                f"{ready.name} would be learned: {about['train']} training and {about['test']} test pictures of "
+                f"{len(ready.classes)} classes ({names})."
+            )
+        out.append(Outcome(task.name, already=ready is None, planned=True, notes=tuple(said)))
+    return Outcomes(out)
