@@ -23,6 +23,7 @@ class Table(nn.Module):
 
     device, holds, remembers = torch.device("cpu"), "pretrained", False
     pretrained: dict[str, Tensor] = {}
+    evaluation_batch = 256
 
     def __init__(self, rows: Tensor, texts: Tensor, scale: float):
         super().__init__()

@@ -28,13 +28,17 @@ from perdure.models.recompute import by_blocks, in_parts
 from perdure.training.fit import Accumulator
 
 OWN = str(Path(__file__).parent / "own" / "prompt.py")  # a module inside a tower
-NO_STEPS = ("zero_shot", "ncm")
+# These take no steps on images; KeepLoRA begins where the singular vectors of a gradient point, and the last digits turn those.
+NO_STEPS = ("zero_shot", "ncm", "rapf", "cgil", "slca", "keep_lora")
 LEARNERS = [
     e.name for e in launch.methods()
     if "role" not in e.about and "batch_size" in launch.method_options(e) and not isinstance(e.value, Row)
     and e.name not in NO_STEPS
 ]  # fmt: skip
-ROUNDING = {"gift": 1e-5}  # F squares a gradient and divides by its mean: two numbers of threads differ by as much
+ROUNDING = {
+    "gift": 1e-5,
+    "codyra": 3e-6,
+}  # of GIFT: F squares a gradient and divides by its mean: two numbers of threads differ by as much
 Step = tuple[dict[str, Tensor], dict[str, Tensor], int]  # losses, gradients, the most bytes of activations at a time
 
 
@@ -65,7 +69,7 @@ def step(clip: CLIP, stream: Stream, name: str, parts: int = 1, blocks: bool = F
         "synthetic_batch": 11,
         "label_smoothing": 0.1,
         "lora_init": "random",
-        "reference": "drawings",
+        "reference": "none" if name == "moe_adapters" else "drawings",
         **values,
     }
     reseed(0, "bind")
