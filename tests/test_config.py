@@ -102,6 +102,7 @@ WORDS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(WORDS, max_size=5))
 def test_no_malformed_configuration_escapes(words: list[str]) -> None:

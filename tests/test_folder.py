@@ -61,6 +61,7 @@ def test_a_folder_of_tasks_is_learned_alphabetically_or_in_the_order_given(tmp_p
     assert "nought" in names(other.tasks[1])
 
 
+@pytest.mark.slow
 def test_a_run_of_a_folder_is_gone_on_with_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for task in tasks("digits", "food"):
         write(task, tmp_path / "mine" / task.name, 3, 10)

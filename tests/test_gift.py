@@ -88,6 +88,7 @@ def test_adaptive_importance_has_mean_one_a_tensor_of_the_original(clip: CLIP, s
     assert any(abs(means[k] - 1) > 0.05 for k in joined)  # together, not each alone
 
 
+@pytest.mark.slow
 def test_static_importance_is_the_mean_of_the_first_steps_then_stays(clip: CLIP, stream: Stream) -> None:
     method, losses = learn(clip, stream, Recorder, consolidation="static", static_steps=2)
     first, second, *later = method.importances  # type: ignore[attr-defined]
@@ -98,6 +99,7 @@ def test_static_importance_is_the_mean_of_the_first_steps_then_stays(clip: CLIP,
     assert losses["distil_image"][-1] > 0
 
 
+@pytest.mark.slow
 def test_the_release_s_static_stops_distilling_and_piles_gradients_up(clip: CLIP, stream: Stream) -> None:
     """From the step after the last one that F is made at, each step's gradient is the one before plus its own."""
 
@@ -210,6 +212,7 @@ def test_bf16_is_close(clip: CLIP, stream: Stream) -> None:
     assert rough["task"] == pytest.approx(exact["task"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_lora_can_learn_by_gift(clip: CLIP, stream: Stream) -> None:
     method, losses = learn(clip, stream, adapt="lora", lr=1e-2)
     assert method.anchor and all("lora_" in name for name in method.anchor)

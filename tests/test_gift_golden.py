@@ -356,6 +356,7 @@ DEPARTURES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("departure", DEPARTURES)
 def test_steps_are_the_equations_written_out(departure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = Trial("gift_train_a", monkeypatch, **UNLIKE_DEFAULTS | DEPARTURES[departure])

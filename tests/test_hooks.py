@@ -219,6 +219,7 @@ def test_an_evaluation_leaves_the_model_as_it_was(clip: CLIP, stream: Stream) ->
     assert clip.holds == "moved" and same_bits(clip.weights(), moved)
 
 
+@pytest.mark.slow
 def test_calibrate_is_given_the_base_expert_s_weights_by_the_loop(
     short_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def kept(clip: CLIP, stream: Stream, **values: Any) -> list[dict[str, list[int]]
     return out
 
 
+@pytest.mark.slow
 def test_the_memory_is_shared_evenly_and_the_release_s_outgrows_it(clip: CLIP, stream: Stream) -> None:
     even = kept(clip, stream)
     assert [[len(m) for m in after.values()] for after in even] == [[31], [15, 15], [10, 10, 10]]

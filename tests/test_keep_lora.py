@@ -61,6 +61,7 @@ def test_nothing_is_learned_along_protected_directions(clip: CLIP) -> None:
         assert torch.equal(basis[:, : bases[1][name].shape[1]], bases[1][name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("oddity", [{"side": "release"}, {"rank_floor": 0.0}])
 def test_the_release_s_oddities_let_protected_directions_be_learned(oddity: dict[str, Any], clip: CLIP) -> None:
     """Digits are ten classes: the gradients of the last text layer's q and o have ten directions, and there are 16 ranks."""

@@ -258,6 +258,7 @@ def test_overwriting_loses_nothing_before_the_new_run_has_begun(
     assert not (folder / ".replaced").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", range(1, 7))
 def test_a_move_that_is_cut_off_anywhere_is_undone(short_run: Run, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Setting aside and bringing back, stopped between any two of their renames."""

@@ -70,6 +70,7 @@ def states(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir())
 
 
+@pytest.mark.slow
 def test_three_lines_from_nothing_to_a_result(tmp_path: Path, drawings: Path) -> None:
     learner = Learner(tmp_path / "HOME", **RIDGE)
     (outcome,) = learner.learn(drawings / "digits")
@@ -112,6 +113,7 @@ def test_a_name_that_is_taken_is_refused_and_another_can_be_given(mine: Path, dr
     assert outcome.accepted and states(mine)[-1] == "task_03_kitchen"
 
 
+@pytest.mark.slow
 def test_what_costs_too_much_is_refused_and_lies_beside(tmp_path: Path, drawings: Path) -> None:
     folder, probe = tmp_path / "HOME", drawings / "food"
     learner = Learner(folder, probe=probe, **{**QUICK, "iterations": 15, "lr": 8e-4})
@@ -173,6 +175,7 @@ def test_forgetting_is_never_having_learned(learned: Path, mine: Path, drawings:
     assert answers(Learner(mine), drawings / "animals") == answers(Learner(learned), drawings / "animals")
 
 
+@pytest.mark.slow
 def test_what_is_mixed_in_weights_cannot_be_forgotten(tmp_path: Path, drawings: Path) -> None:
     learner = opened(tmp_path / "HOME", drawings, **QUICK)
     learner.learn(drawings / "digits", max_loss=100)
@@ -193,6 +196,7 @@ def test_condu_forgets_an_expert(tmp_path: Path, drawings: Path) -> None:
     assert {row["task"] for row in learner.predict(drawings / "digits")} <= {"animals", "food"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
@@ -226,6 +230,7 @@ def test_an_export_answers_the_same_bits(values: dict[str, Any], tmp_path: Path,
         again.learn(drawings / "food")
 
 
+@pytest.mark.slow
 def test_what_is_kept_of_test_pictures_is_a_choice(tmp_path: Path, drawings: Path) -> None:
     shutil.copytree(drawings, tmp_path / "shown")
     for keep in ("pictures", "paths", "none"):
@@ -296,6 +301,7 @@ def test_nothing_is_learned_of_a_folder_that_changes_meanwhile(
     assert states(mine) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "while it is written"])
 def test_stopped_at_any_moment_a_home_is_as_it_was(
     moment: str, mine: Path, drawings: Path, monkeypatch: pytest.MonkeyPatch

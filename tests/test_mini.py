@@ -120,6 +120,7 @@ def test_the_small_clip_knows_the_world_and_has_head_room(zero_shot: dict[str, f
     assert zero_shot["probe"] >= 50
 
 
+@pytest.mark.slow
 def test_the_recipe_recorded_these_very_figures(zero_shot: dict[str, float]) -> None:
     recorded = json.loads((mini.MODEL / "zero_shot.json").read_text())
     for name, value in zero_shot.items():

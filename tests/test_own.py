@@ -122,6 +122,7 @@ def spoilt(base: Path) -> list[Path]:
     return bad
 
 
+@pytest.mark.slow
 def test_a_share_of_unreadable_pictures_is_tolerated_named_and_the_same_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

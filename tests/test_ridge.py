@@ -257,6 +257,7 @@ def test_removing_images_is_never_having_seen_them(clip: CLIP, stream: Stream) -
     assert close(less, ridge.unpack(alone.state.sums["gram"]), 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["task", "all"])
 def test_what_is_chosen_is_the_likeliest_by_brute_force(clip: CLIP, stream: Stream, chosen: str) -> None:
     """λ, τ and w of a run of two tasks, from heads that were fitted again without each image."""

@@ -148,6 +148,7 @@ class Ear(Watcher):
         self.heard.append(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "spoil"),
     [

@@ -104,6 +104,7 @@ def test_an_image_has_the_same_bits_alone_and_among_others(generator: Generator)
     assert not torch.equal(dict(generator.draw([other]))[other], together[asked[0]])
 
 
+@pytest.mark.slow
 def test_the_prompt_and_guidance_matter(generator: Generator) -> None:
     a, b = Request("an icon of heart", 1), Request("an icon of home", 1)
     drawn = dict(generator.draw([a, b]))
@@ -264,6 +265,7 @@ def test_a_generator_s_identity_covers_its_weights(tmp_path: Path) -> None:
     assert Generator(str(mini.GENERATOR), 4, 1.0, 2).identity == before
 
 
+@pytest.mark.slow
 def test_a_second_process_waits_for_the_store_and_draws_only_what_is_missing(tmp_path: Path) -> None:
     heard: list[str] = []
     waiting = threading.Event()
@@ -351,6 +353,7 @@ def test_a_store_of_an_earlier_version_is_taken_with_a_word(tmp_path: Path) -> N
         Replay(about, stream.context(), 32, "cpu")
 
 
+@pytest.mark.slow
 def test_the_pipeline_does_not_outlive_the_drawing(tmp_path: Path) -> None:
     replay = Replay(Synthesis(**QUICK, pairs=str(tmp_path)), mini.multi_domain("I").context(), 32, "cpu")
     replay.pairs("animals", [])

@@ -36,6 +36,7 @@ def listed(base: Path, *names: str, each: int = 8) -> Rows:
     return rows
 
 
+@pytest.mark.slow
 def test_a_csv_is_a_stream_that_goes_on_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = listed(tmp_path, "food", "digits")
     table(tmp_path / "mine.csv", rows)

@@ -38,6 +38,7 @@ def learn(method: Method, task: Task) -> dict[str, list[float]]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [20, 1853])
 def test_the_teacher_sees_an_image_once_a_run_and_no_more_than_is_shown(count: int, clip: CLIP, stream: Stream) -> None:
     seen, context = list[int](), stream.context()
@@ -74,6 +75,7 @@ def test_student_and_teacher_are_two(values: dict[str, Any], clip: CLIP, stream:
     assert losses[0] == pytest.approx(0, abs=1e-9) and min(losses[1:]) > 1e-5
 
 
+@pytest.mark.slow
 def test_what_a_fusion_gets_is_the_mean(clip: CLIP, stream: Stream) -> None:
     """The mean is put on by the learner: ConDU's first expert is what ZSCL alone ends with."""
     alone, task = ZSCL(**BRIEF, average_every=1), stream.tasks[0]
@@ -146,6 +148,7 @@ def test_a_way_to_learn_is_no_way_to_fuse_or_answer(role: str) -> None:
         Compose(learn=FineTune(), **{role: ZSCL()})
 
 
+@pytest.mark.slow
 def test_a_large_penalty_leaves_the_weights_where_they_were(clip: CLIP, stream: Stream) -> None:
     def moved(lam: float) -> float:
         clip.load_weights("pretrained", clip.pretrained)
