@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+import perdure
 from perdure import Learner, PerdureError
 from perdure.benchmarks import mini
+from perdure.cli.results import read_metrics
 from perdure.core.state import only_one
 from perdure.engine import home
 from perdure.launch.learner.comparison import Row, refusal
@@ -318,6 +320,17 @@ def test_stopped_at_any_moment_a_home_is_as_it_was(
     assert states(mine) == ["task_00_before", "task_01_animals", "task_02_digits"]
     assert answers(Learner(mine), drawings / "digits") == before
     assert Learner(mine).learn(drawings / "food").accepted
+
+
+def test_a_home_is_no_run(mine: Path, drawings: Path) -> None:
+    before = answers(Learner(mine), drawings / "digits")
+    for again in (
+        lambda: perdure.run("finetune", "mini-mtil", mine, overwrite=True, tasks=1), lambda: perdure.resume(mine),
+        lambda: read_metrics(mine),
+    ):  # fmt: skip
+        with pytest.raises(PerdureError, match="is a model in use"):
+            again()
+    assert answers(Learner(mine), drawings / "digits") == before
 
 
 def test_one_process_at_a_time(mine: Path, drawings: Path) -> None:

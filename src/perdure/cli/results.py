@@ -99,11 +99,13 @@ def generate(
 def read_metrics(run: Path) -> dict[str, Any]:
     """The metrics of a run folder, or of a metrics.json file."""
     from perdure.core.state import read_json
+    from perdure.launch.folders import refuse_home
 
     path = run / "metrics.json" if run.is_dir() else run
     if not run.exists():
         raise PerdureError(f"There is no {run}, so it holds no results. Give folders of runs, or metrics.json files.")
     if not path.exists():
+        refuse_home(run)
         raise PerdureError(f"{run} holds no results yet (there is no {path}).")
     found = read_json(path)
     needed = {"method", "stream", "seed", "tasks", "accuracy", "seconds", "peak_memory_mb"}

@@ -58,6 +58,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def refuse_home(folder: Path) -> None:
+    """Refuse to take a model in use for a run."""
+    if (folder / "config.json").exists() and "home" in read_config(folder):
+        raise PerdureError(
+            f"{folder} is a model in use, not a run over a stream. See: perdure history {folder}; teach it more with: perdure "
+            f"learn {folder} PICTURES"
+        )
+
+
 def check_folder(folder: Path, config: Mapping[str, Any], overwrite: bool) -> None:
     """Refuse a folder that holds anything: a run unless ``overwrite`` is asked for, other things always."""
     try:
@@ -68,6 +77,7 @@ def check_folder(folder: Path, config: Mapping[str, Any], overwrite: bool) -> No
         raise PerdureError(f"{folder} is a file. Choose another folder with --out.") from None
     if content and not (folder / "config.json").exists():
         raise PerdureError(f"{folder} exists and is not a run. Choose another folder with --out.")
+    refuse_home(folder)
     if content and not overwrite:
         raise PerdureError(refusal(folder, config))
 

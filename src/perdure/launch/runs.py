@@ -29,6 +29,7 @@ from perdure.launch.folders import (
     is_finished,
     make_folder,
     read_config,
+    refuse_home,
     same_run,
     seed_folders,
 )
@@ -114,6 +115,7 @@ def reopen(
     """The configuration (as it was written), stream and unbound method of the run in ``folder``, checked against what is
     there now. ``method`` and ``stream``: what a run of objects was begun with."""
     config = read_config(folder)
+    refuse_home(folder)
     sources = config.get("source", {})
     os.environ.setdefault("PERDURE_DATA", config.get("data_root", "data"))
     if not isinstance(stream, Stream):
