@@ -101,6 +101,7 @@ def test_an_order_is_a_seed_or_a_file(tmp_path: Path) -> None:
         reordered(mini.multi_domain("I"), "1")
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_class_order_whatever_becomes_of_the_file(tmp_path: Path) -> None:
     names = [c.name for t in mini.class_incremental().tasks for c in t.classes]
     path = order_file(tmp_path, names[::-1])
@@ -129,6 +130,7 @@ def draw(path: Path, shade: int, size: tuple[int, int] = (20, 12)) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_vtab_from_folders_learns_and_is_read_as_needed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for k in range(50):
         for side, count in (("train", 2), ("test", 1)):

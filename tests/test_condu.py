@@ -71,6 +71,7 @@ def test_a_task_that_changed_nothing_answers_as_the_pretrained_model(clip: CLIP,
     assert torch.isfinite(method.predict(Query(stream.tasks[1].test.pixels[:4], stream.tasks[1].classes, 1))).all()
 
 
+@pytest.mark.slow
 def test_the_vote_is_the_weighted_sum_and_asks_only_who_is_needed(
     clip: CLIP, stream: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,6 +147,7 @@ def test_each_part_can_be_left_out(clip: CLIP, stream: Stream, values: dict[str,
     assert set(losses) == whole - gone
 
 
+@pytest.mark.slow
 def test_plain_l2_is_the_distance_to_the_previous_weights(clip: CLIP, stream: Stream) -> None:
     seen = []
 
@@ -172,6 +173,7 @@ def test_kl_and_contrastive_learn_the_same(clip: CLIP, stream: Stream) -> None:
     assert all((a[k] - b[k]).norm() <= 1e-2 * n + 1e-7 for k, n in moved.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "rests"), [("image", "text_model"), ("text", "vision_model")])
 def test_one_side_alone_replays_through_that_tower(clip: CLIP, stream: Stream, side: str, rests: str) -> None:
     method, _ = learn(clip, stream, Recorder, sides=side)

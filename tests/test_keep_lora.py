@@ -119,6 +119,7 @@ def test_a_gram_matrix_gives_the_subspace_that_features_give() -> None:
     assert whole.shape == (12, 12) and torch.allclose(whole.T @ whole, torch.eye(12), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_classifier_answers_its_own_task_alone(clip: CLIP) -> None:
     method, _, _ = learned(clip, "animals", "digits", head=True, head_scale=20.0)
     (task,) = some("digits")

@@ -295,6 +295,7 @@ def test_what_cannot_begin_costs_no_old_run(short_run: Run) -> None:
     assert perdure.resume(folder)["finished"] and launch.is_finished(folder)
 
 
+@pytest.mark.slow
 def test_the_same_command_again_goes_on(short_run: Run) -> None:
     folder = short_run("finetune")["folder"]
     launch.begin("finetune", "mini-mtil", folder, assignments=SHORT, go_on=True)

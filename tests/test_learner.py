@@ -160,6 +160,7 @@ def test_undo_takes_back_and_deletes_nothing(mine: Path, drawings: Path) -> None
     assert learner.predict(drawings / "animals", classes=["cat", "five"])[0]["task"] is None
 
 
+@pytest.mark.slow
 def test_forgetting_is_never_having_learned(learned: Path, mine: Path, drawings: Path, tmp_path: Path) -> None:
     other = opened(tmp_path / "other", drawings)
     other.learn(drawings / "digits")

@@ -111,6 +111,7 @@ def test_the_head_learns_as_the_release_s_does() -> None:
     assert torch.allclose(mine, t["intra/loss_per_sample_offset3"], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mgclip_epoch_a", "mgclip_epoch_neg_a"])
 def test_the_gap_finds_the_epochs_that_the_release_s_script_prints(name: str) -> None:
     about, t = case(name)

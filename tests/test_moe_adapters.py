@@ -95,6 +95,7 @@ def test_frozen_experts_and_old_routers_stay_as_they_are(clip: CLIP) -> None:
     assert clip.own_state() == {} and not clip.rebased
 
 
+@pytest.mark.slow
 def test_texts_are_routed_once_and_as_one_by_one(clip: CLIP) -> None:
     method, (digits,) = learned(clip, "digits", top_k=3)
     with clip.preserved(), torch.no_grad():
@@ -106,6 +107,7 @@ def test_texts_are_routed_once_and_as_one_by_one(clip: CLIP) -> None:
         assert not torch.allclose(once, CLIP.load(str(mini.MODEL)).encode_text(digits.prompts()), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_towers_that_keep_less_learn_and_count_the_same() -> None:
     found = []
     for less in (False, True):

@@ -53,6 +53,7 @@ def listing(base: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_yaml_file_lists_tasks_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(listing(tmp_path)))
     stream = loaded(tmp_path / "my.yaml")

@@ -35,6 +35,7 @@ def saved(base: Path, **more: Any) -> Any:
     return made
 
 
+@pytest.mark.slow
 def test_a_dataset_on_disk_is_found_by_its_types_and_run(tmp_path: Path) -> None:
     made = saved(tmp_path)
     made.save_to_disk(str(tmp_path / "one"))

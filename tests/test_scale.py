@@ -111,6 +111,7 @@ def test_parts_have_the_losses_and_gradients_of_the_whole_batch(name: str, clip:
     assert parts[2] < whole[2] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["finetune", "finetune_lora", "gift", "mg_clip", OWN])
 def test_recomputed_blocks_have_the_same_gradients(name: str, clip: CLIP, stream: Stream) -> None:
     whole = step(clip, stream, name)

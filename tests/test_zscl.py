@@ -66,6 +66,7 @@ def test_the_teacher_sees_an_image_once_a_run_and_no_more_than_is_shown(count: i
     )  # by the pre-trained model, whatever moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [LWF, LWF_VR, {"teacher": "mix"}])
 def test_student_and_teacher_are_two(values: dict[str, Any], clip: CLIP, stream: Stream) -> None:
     """A release of LwF let them share their memory: the distance is 0 at the first step, and must not be at the next."""
