@@ -234,13 +234,19 @@ class Learner:
         """Where the current state lies: another process may have learned since this one looked."""
         return home.numbered(self.folder)[-1]
 
+    def loaded(self) -> Current:
+        """The state that answers: the one of the last answer, or read anew where something has been learned since."""
+        if self.ready is None or self.ready.last.folder != self.newest():
+            with undisturbed():
+                self.ready = self.current()
+        return self.ready
+
     def predict(self, images: Pictures, *, classes: Sequence[str] | None = None, topk: int = 1) -> list[Answer]:
         """What each picture shows: of ``classes``, or of all that was learned. ``images``: a path, a folder, a list of paths,
         or images in memory (N, 3, H, W), uint8 or float in 0 … 1."""
+        now = self.loaded()
         with undisturbed():
-            if self.ready is None or self.ready.last.folder != self.newest():
-                self.ready = self.current()
-            return answered(self.ready.method, self.ready.learned, images, classes, topk)
+            return answered(now.method, now.learned, images, classes, topk)
 
     def export(self, out: str | Path) -> list[str]:
         """Write the model to a folder: a plain ``transformers`` checkpoint (one an expert, where it keeps several), what that
