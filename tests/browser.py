@@ -68,7 +68,9 @@ class Browser:
 
     def until(self, condition: str) -> None:
         """Wait until a condition of the page holds."""
-        self.run(f"new Promise(done => {{ const look = () => ({condition}) ? done(1) : setTimeout(look, 20); look(); }})")
+        self.run(
+            f"new Promise(done => {{ const look = () => ({condition}) ? done(1) : setTimeout(look, 20); look(); }})"
+        )
 
     def open(self, address: str) -> None:
         self.ask("Page.navigate", url=address)

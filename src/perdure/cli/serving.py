@@ -42,4 +42,9 @@ def serve(
             file=sys.stderr,
         )
     limits = Limits(upload=int(max_upload * MB), pictures=max_pictures, queue=max_queue, batch=batch)
-    run(home, host, port, limits, say)
+
+    def aloud(text: str) -> None:
+        say(text)
+        sys.stdout.flush()  # who reads a pipe waits for the address
+
+    run(home, host, port, limits, aloud)

@@ -15,7 +15,8 @@ from starlette.types import ASGIApp
 
 from perdure import __version__
 from perdure.core.errors import PerdureError
-from perdure.serve.course import classes, course
+from perdure.launch.learner.answers import Answer
+from perdure.serve.course import classes, course, probe
 from perdure.serve.guard import Guard
 from perdure.serve.limits import Limits, Refused
 from perdure.serve.openapi import described
@@ -44,7 +45,7 @@ class Desk:
         except Refused as refused:
             await body.discard()
             return refusal(refused, over=not body.ended)
-        rows = [{"file": row["path"], **{k: v for k, v in row.items() if k != "path"}} for row in found.rows]
+        rows = [shown(row) for row in found.rows]
         answer: dict[str, Any] = {"state": found.state, "answers": rows}
         if all("error" in row for row in rows):
             return JSONResponse({"error": rows[0]["error"], **answer}, 400)
@@ -52,7 +53,8 @@ class Desk:
 
     async def history(self, request: Request) -> Response:
         entries = await run_in_threadpool(course, self.worker.learner)
-        return JSONResponse({"state": self.worker.state, "classes": classes(entries), "tasks": entries})
+        known = {"classes": classes(entries), "probe": probe(entries), "tasks": entries}
+        return JSONResponse({"state": self.worker.state, **known})
 
     async def health(self, request: Request) -> Response:
         well = self.worker.thread.is_alive()
@@ -64,6 +66,12 @@ class Desk:
 
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(described(self.limits))
+
+
+def shown(row: Answer) -> dict[str, Any]:
+    """A row of ``Learner.predict`` as it is sent: ``file`` instead of ``path``, ``top`` even of one."""
+    best = {} if "error" in row else {"top": [{"label": row["label"], "score": row["score"]}]}
+    return {"file": row["path"], **best, **{key: value for key, value in row.items() if key != "path"}}
 
 
 def refusal(refused: Refused, over: bool = False) -> Response:

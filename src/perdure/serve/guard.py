@@ -46,7 +46,9 @@ class Guard:
         asked = Headers(scope=scope)
         app: ASGIApp = self.app
         if len(asked.getlist("host")) != 1 or not self.ours(f"//{asked['host']}"):
-            app = no("This server does not go by that name. Open it as 127.0.0.1 or localhost, or start it with --host.")
+            app = no(
+                "This server does not go by that name. Open it as 127.0.0.1 or localhost, or start it with --host."
+            )
         elif asked.get("origin", "").lower() not in ("", f"http://{asked['host']}".lower()):
             app = no("Pages of other sites may not ask this server.")
         await app(scope, receive, guarded)

@@ -49,7 +49,10 @@ def predict(limits: Limits) -> dict[str, Any]:
     form = record(
         "files",
         files={**array({"type": "string", "format": "binary"}), "minItems": 1, "maxItems": limits.pictures},
-        classes={**TEXT, "description": "Names to tell apart, two or more, with commas between; left out: all learned."},
+        classes={
+            **TEXT,
+            "description": "Names to tell apart, two or more, with commas between; left out: all learned.",
+        },
         topk={**COUNT, "minimum": 1, "maximum": limits.topk, "default": 5, "description": "How many of the likeliest."},
     )
     form["properties"]["files"]["description"] = f"Pictures, {limits.upload / MB:g} MB together."
@@ -85,7 +88,7 @@ def schemas() -> dict[str, Any]:
         "number task state classes before after",
         number=COUNT, task=TEXT, state={"enum": ["current", "forgotten", "refused", "undone"]}, when=NAME,
         classes=array(TEXT), train={"type": ["integer", "null"]}, test={"type": ["integer", "null"]},
-        before=per_cent, after=per_cent, refused=TEXT, rows=array({"type": "object"}),
+        before=per_cent, after=per_cent, now=per_cent, refused=TEXT, rows=array({"type": "object"}),
     )  # fmt: skip
     return {
         "Answer": answer,
@@ -94,7 +97,10 @@ def schemas() -> dict[str, Any]:
             state={**TEXT, "description": "The state of the model that answered."},
             answers=array(reference("Answer")),
         ),
-        "History": record("state classes tasks", state=TEXT, classes=array(TEXT), tasks=array(task)),
+        "History": record(
+            "state classes probe tasks", state=TEXT, classes=array(TEXT), tasks=array(task),
+            probe=record("before now", before=per_cent, now=per_cent),
+        ),
         "Health": record("status state method requests perdure", status={"enum": ["ok", "stopping"]}, state=TEXT,
                          method=TEXT, requests=COUNT, perdure=TEXT),
         "Error": record("error", error=TEXT),

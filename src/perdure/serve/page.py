@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 
 from perdure import __version__
-from perdure.serve.course import Entry, classes
+from perdure.serve.course import Entry, classes, probe
 from perdure.serve.limits import MB, Limits
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -25,7 +25,8 @@ def rendered(entries: list[Entry], state: str, method: str, limits: Limits) -> t
     engine = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     engine.filters.update(percent=percent)
     page = engine.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        nonce=nonce, entries=entries, state=state, method=method, classes=classes(entries), version=__version__,
+        nonce=nonce, entries=entries, known=sum(one["state"] == "current" for one in entries), probe=probe(entries),
+        state=state, method=method, classes=classes(entries), version=__version__,
         pictures=limits.pictures, upload=limits.upload, megabytes=f"{limits.upload / MB:g}",
     )  # fmt: skip
     return page, POLICY.format(nonce)

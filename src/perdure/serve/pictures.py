@@ -24,10 +24,14 @@ def trouble(picture: InMemory, limits: Limits) -> str:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
             with Image.open(io.BytesIO(picture.data), formats=kinds) as opened:
                 wide, tall = opened.size
+    except Image.DecompressionBombError:
+        return f"{picture} has far more than {limits.pixels:,} pixels, which are allowed. Make it smaller."
     except UNREADABLE:
         return f"{picture} is no picture that can be read. Give one of these kinds: {', '.join(kinds)}."
     if wide * tall > limits.pixels:
         return f"{picture} has {wide:,} × {tall:,} pixels; allowed are {limits.pixels:,} in all. Make it smaller."
     if max(wide, tall) > limits.slender * min(wide, tall):
-        return f"{picture} has {wide:,} × {tall:,} pixels: one side is more than {limits.slender} times the other. Cut it."
+        return (
+            f"{picture} has {wide:,} × {tall:,} pixels: one side is more than {limits.slender} times the other. Cut it."
+        )
     return ""

@@ -28,11 +28,7 @@ def serve(folder: str | Path, host: str, port: int, limits: Limits, say: Callabl
     worker = Worker(opened(folder), limits)
     with listening(host, port) as place:
         worker.start()
-        config = uvicorn.Config(
-            application(worker, limits, host), http="h11", ws="none", loop="asyncio", lifespan="off", log_level="warning",
-            access_log=False, proxy_headers=False, server_header=False, timeout_graceful_shutdown=GRACE,
-        )  # fmt: skip
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(configured(worker, limits, host))
         say(f"{folder} answers at {address(host, place)} (state {worker.state}). Ctrl-C ends it.")
         try:
             with ended_by_signals(server):
@@ -40,6 +36,14 @@ def serve(folder: str | Path, host: str, port: int, limits: Limits, say: Callabl
         finally:
             worker.stop()
         say("Ended.")
+
+
+def configured(worker: Worker, limits: Limits, host: str) -> uvicorn.Config:
+    """HTTP as plain as it comes, no one else's headers believed."""
+    return uvicorn.Config(
+        application(worker, limits, host), http="h11", ws="none", loop="asyncio", lifespan="off", log_level="warning",
+        access_log=False, proxy_headers=False, server_header=False, timeout_graceful_shutdown=GRACE,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from perdure.benchmarks import mini
 from perdure.core.caller import undisturbed
-from perdure.core.errors import PerdureError, unknown
+from perdure.core.errors import DamagedFile, PerdureError, unknown
 from perdure.core.paths import expanded
 from perdure.core.state import only_one, write_json
 from perdure.data.task import Context, Stream, Task
@@ -232,7 +232,10 @@ class Learner:
 
     def newest(self) -> Path:
         """Where the current state lies: another process may have learned since this one looked."""
-        return home.numbered(self.folder)[-1]
+        there = home.numbered(self.folder)
+        if not there:
+            raise DamagedFile(f"{self.folder} holds nothing that was learned.")
+        return there[-1]
 
     def loaded(self) -> Current:
         """The state that answers: the one of the last answer, or read anew where something has been learned since."""
