@@ -2,7 +2,7 @@
 
     python bench/serve.py [--clients 100] [--seconds 60] [--home HOME] [--pictures 1]
 
-``perdure serve`` runs in a process of its own, on a HOME that is made here (a ridge head on two small tasks) unless one is given.
+``perdure serve`` runs in a process of its own, on a HOME that is made here (a ridge head, two small tasks) unless one is given.
 Seen: requests answered, refused and lost; those a second; the median and the 99th percentile of the time to an answer; the
 server's memory after a warm-up and at the end.
 """
