@@ -99,9 +99,15 @@ def test_a_task_learned_meanwhile_answers_the_next_request(
     served = Served(Learner(home))
     assert served.predict(files(pictures[0]))[1]["state"] == "task_02_digits"
     Learner(home).undo()
+    assert Learner(home).learn(drawings / "food", name="digits").accepted  # another state of the same name
+    assert (
+        served.predict(files(pictures[0]))[1]["answers"][0]["top"]
+        == Learner(home).predict(pictures[:1], topk=5)[0]["top"]
+    )
+    Learner(home).undo()
     status, answer = served.predict(files(pictures[0]))
     assert answer["state"] == "task_01_animals" == served.get("/health")[2]["state"]
-    assert [one["state"] for one in served.get("/history")[2]["tasks"]] == ["current", "undone"]
+    assert [one["state"] for one in served.get("/history")[2]["tasks"]] == ["current", "undone", "undone"]
     shutil.rmtree(home / "task_01_animals")
     shutil.rmtree(home / "task_00_before")
     assert served.predict(files(pictures[0]))[0] == 503 == served.get("/history")[0]

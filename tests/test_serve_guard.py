@@ -78,7 +78,7 @@ def test_malformed_and_huge_requests_are_refused_in_words(server: Served, pictur
         assert status == 400 and answer["error"], (kind, data[:20])
     status, answer = server.predict([("files", "x", bytes(300_000))])
     assert status == 413 and "larger than 0.2 MB" in answer["error"]
-    chunked = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+    chunked = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n"
     chunked += b"Content-Type: multipart/form-data; boundary=xYx\r\n\r\n"
     body = form([("files", "x", bytes(300_000))])
     assert b" 413 " in server.raw(chunked + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))[:20]

@@ -13,7 +13,7 @@ Entry = dict[str, Any]
 def opened(folder: Any) -> Learner:
     """A HOME or an exported model. ``PerdureError`` for anything else, and for a HOME that holds nothing yet."""
     learner = Learner.from_pretrained(folder) if (folder / ABOUT).exists() else Learner(folder)
-    assert learner.config  # says what to do where nothing is learned
+    _ = learner.config  # says what to do where nothing is learned
     return learner
 
 

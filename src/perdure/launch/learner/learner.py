@@ -57,6 +57,7 @@ class Learner:
         self.made = read_home(self.folder)
         if self.made is not None:
             check_same(self.folder, self.made, self.asked)
+        self.seen: tuple[Path, int] | None = None  # which state that is, and when it was written
         self.ready: Current | None = None  # what answered last, where nothing has been learned since
 
     @property
@@ -239,9 +240,11 @@ class Learner:
 
     def loaded(self) -> Current:
         """The state that answers: the one of the last answer, or read anew where something has been learned since."""
-        if self.ready is None or self.ready.last.folder != self.newest():
+        newest = self.newest()
+        mark = newest, newest.stat().st_mtime_ns  # what was taken back may have been learned anew under the same name
+        if self.ready is None or self.seen != mark:
             with undisturbed():
-                self.ready = self.current()
+                self.ready, self.seen = self.current(), mark
         return self.ready
 
     def predict(self, images: Pictures, *, classes: Sequence[str] | None = None, topk: int = 1) -> list[Answer]:
