@@ -63,13 +63,14 @@ def test_what_a_name_says_is_never_opened(server: Served, pictures: list[Path]) 
 
 def test_malformed_and_huge_requests_are_refused_in_words(server: Served, pictures: list[Path]) -> None:
     good = files(pictures[0])
-    for fields, said in (
+    forms: list[tuple[Sent, str]] = [
         ([], "No pictures"), ([("files", "", b"")], "No pictures"), (good * 9, "Too many files"),
         ([*good, ("topk", None, b"0")], "from 1 to 1000, not '0'"), ([*good, ("topk", None, "²".encode())], "not '²'"),
         ([*good, ("classes", None, b"cat")], "two or more classes"), ([*good, ("path", None, b"x")], "no field 'path'"),
         ([*good, ("classes", None, b"a," * 1100)], "allowed are 1,000"),
         ([*good, ("classes", None, b"a,b" * 30_000)], "cannot be read"),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for fields, said in forms:
         status, answer = server.predict(fields)
         assert (status, said in answer["error"]) == (400, True), (fields[-1:], answer)
     for data, kind in ((b"{}", "application/json"), (b"junk", "multipart/form-data; boundary=a"),
