@@ -42,6 +42,7 @@ bench: $(VENV)/.ready-dev
 	$(BIN)/python bench/head_features.py
 	$(BIN)/python bench/rows.py
 	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/serve.py
 
 study: $(VENV)/.ready-dev
 	$(BIN)/python studies/gift.py

@@ -8,7 +8,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "perdure"
 FLOORS = {
     "core": 0, "models": 1, "data": 1, "ops": 1, "training": 2, "synthesis": 2, "methods": 3, "engine": 4,
-    "benchmarks": 5, "report": 5, "launch": 6, "cli": 7, "__main__.py": 8,
+    "benchmarks": 5, "report": 5, "launch": 6, "serve": 7, "cli": 8, "__main__.py": 9,
 }  # fmt: skip
 
 

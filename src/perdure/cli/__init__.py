@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from perdure import __version__
-from perdure.cli import data, learner, lists, results, runs
+from perdure.cli import data, learner, lists, results, runs, serving
 from perdure.core.errors import PerdureError
 from perdure.terminal import plain_characters, plain_warnings
 
@@ -24,7 +24,7 @@ app = typer.Typer(
 )  # fmt: skip
 for command in (
     learner.learn, learner.predict, learner.evaluate, learner.history, learner.undo, learner.forget, results.export,
-    runs.run, runs.resume, runs.demo, results.report, results.generate, lists.methods, lists.streams,
+    serving.serve, runs.run, runs.resume, runs.demo, results.report, results.generate, lists.methods, lists.streams,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(data.app, name="data")

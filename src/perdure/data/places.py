@@ -1,4 +1,4 @@
-"""Where a picture's bytes lie: in a file of its own, inside a plain tar, or in a row of a table."""
+"""Where a picture's bytes lie: in a file of its own, inside a plain tar, in a row of a table, or in memory."""
 
 from __future__ import annotations
 
@@ -65,7 +65,25 @@ class Cell:
         return held["bytes"] if held["bytes"] is not None else Path(held["path"]).read_bytes()
 
 
-Source = Path | Place | Cell
+@dataclass(frozen=True)
+class InMemory:
+    """An encoded picture that somebody handed over; its name is what they call it, and no path."""
+
+    data: bytes
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix
+
+    def read_bytes(self) -> bytes:
+        return self.data
+
+
+Source = Path | Place | Cell | InMemory
 
 
 def readable(source: Source) -> Path | io.BytesIO:
@@ -75,7 +93,7 @@ def readable(source: Source) -> Path | io.BytesIO:
 
 def mark(source: Source) -> str:
     """The sha256 of a picture's bytes, worked out again only where the file that holds them has changed."""
-    if isinstance(source, Cell):
+    if isinstance(source, Cell | InMemory):
         return hashlib.sha256(source.read_bytes()).hexdigest()
     about = (source.archive if isinstance(source, Place) else source).stat()
     return mark_of(source, about.st_mtime_ns, about.st_size)

@@ -14,13 +14,14 @@ from perdure.core.paths import expanded
 from perdure.data.checks import are_pixels, check_range, check_texts
 from perdure.data.files import Files, readers
 from perdure.data.folders import PICTURES, hidden
+from perdure.data.places import InMemory
 from perdure.data.task import Class, Query
 from perdure.engine.home import Learned, all_classes
 from perdure.methods.base import Expert, Method
 from perdure.models.clip import CLIP
 
 Answer = dict[str, Any]  # path, label, score, task, expert, weight; top: more labels; error: why there is no answer
-Pictures = str | Path | Sequence[str | Path] | Tensor
+Pictures = str | Path | Sequence[str | Path | InMemory] | Tensor
 BATCH = 256
 TEMPLATES = ("a photo of a {}.",)
 
@@ -122,17 +123,20 @@ class Reader:
     def __init__(self, clip: CLIP):
         self.files = Files((), *clip.view)
 
-    def __call__(self, path: Path) -> Tensor | str:
+    def __call__(self, path: Path | InMemory) -> Tensor | str:
         try:
             return self.files.read(path)
         except DamagedFile as error:
             return str(error)
 
 
-def listed(images: str | Path | Sequence[str | Path]) -> list[Path]:
+def listed(images: str | Path | Sequence[str | Path | InMemory]) -> list[Path | InMemory]:
     """The pictures that are meant: files as they are, of folders all pictures below them, sorted."""
-    out: list[Path] = []
+    out: list[Path | InMemory] = []
     for one in [images] if isinstance(images, str | Path) else images:
+        if isinstance(one, InMemory):
+            out.append(one)
+            continue
         path = expanded(one)
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from perdure.benchmarks import mini
 from perdure.core.caller import undisturbed
-from perdure.core.errors import PerdureError, unknown
+from perdure.core.errors import DamagedFile, PerdureError, unknown
 from perdure.core.paths import expanded
 from perdure.core.state import only_one, write_json
 from perdure.data.task import Context, Stream, Task
@@ -57,6 +57,7 @@ class Learner:
         self.made = read_home(self.folder)
         if self.made is not None:
             check_same(self.folder, self.made, self.asked)
+        self.seen: tuple[Path, int] | None = None  # which state that is, and when it was written
         self.ready: Current | None = None  # what answered last, where nothing has been learned since
 
     @property
@@ -217,15 +218,26 @@ class Learner:
 
     def newest(self) -> Path:
         """Where the current state lies: another process may have learned since this one looked."""
-        return home.numbered(self.folder)[-1]
+        there = home.numbered(self.folder) if self.config else []
+        if not there:
+            raise DamagedFile(f"{self.folder} holds nothing that was learned.")
+        return there[-1]
+
+    def loaded(self) -> Current:
+        """The state that answers: the one of the last answer, or read anew where something has been learned since."""
+        newest = self.newest()
+        mark = newest, newest.stat().st_mtime_ns  # what was taken back may have been learned anew under the same name
+        if self.ready is None or self.seen != mark:
+            with undisturbed():
+                self.ready, self.seen = self.current(), mark
+        return self.ready
 
     def predict(self, images: Pictures, *, classes: Sequence[str] | None = None, topk: int = 1) -> list[Answer]:
         """What each picture shows: of ``classes``, or of all that was learned. ``images``: a path, a folder, a list of paths,
         or images in memory (N, 3, H, W), uint8 or float in 0 … 1."""
+        now = self.loaded()
         with undisturbed():
-            if self.ready is None or self.ready.last.folder != self.newest():
-                self.ready = self.current()
-            return answered(self.ready.method, self.ready.learned, images, classes, topk)
+            return answered(now.method, now.learned, images, classes, topk)
 
     def export(self, out: str | Path) -> list[str]:
         """Write the model to a folder: a plain ``transformers`` checkpoint (one an expert, where it keeps several), what that
