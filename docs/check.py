@@ -101,7 +101,10 @@ def environment(tools: Path) -> dict[str, str]:
     """What blocks see: this Python, this perdure as a command, no network, wide and plain output."""
     tools.mkdir()
     short = '[ "$1" = run ] && set -- "$@" $DOCS_SHORT\n'
-    for name, call in (("perdure", f'{short}exec "{sys.executable}" -m perdure "$@"'), ("python", f'exec "{sys.executable}" "$@"')):
+    for name, call in (
+        ("perdure", f'{short}exec "{sys.executable}" -m perdure "$@"'),
+        ("python", f'exec "{sys.executable}" "$@"'),
+    ):
         (tools / name).write_text(f"#!/bin/sh\n{call}\n")
         (tools / name).chmod(0o755)
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -162,7 +165,9 @@ def check(page: Path, stop: threading.Event | None = None) -> int:
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("pages", nargs="*", type=Path, default=[ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+    words.add_argument(
+        "pages", nargs="*", type=Path, default=[ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    )
     words.add_argument("--jobs", type=int, default=2, help="pages at a time")
     given, stop = words.parse_args(), threading.Event()
 

@@ -53,7 +53,9 @@ def export(
 def push(
     home: Annotated[Path, typer.Argument(metavar="HOME", help="Folder of the model in use.")],
     name: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository of the Hugging Face Hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository, if it is new, a private one.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository, if it is new, a private one.")
+    ] = False,
 ) -> None:
     """Put a model in use on the Hugging Face Hub, as export writes it, with its card. Needs HF_TOKEN or a login."""
     from perdure.launch.learner import Learner

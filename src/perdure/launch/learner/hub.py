@@ -45,7 +45,9 @@ def sent(folder: Path, name: str, private: bool) -> str:
         # None: as a new repository is by default; one that is there stays as private as it is
         url = api.create_repo(name, private=private or None, exist_ok=True)
         if private and not api.model_info(name).private:
-            raise PerdureError(f"{name} is there already, and public. Nothing was sent: make it private there, or name another.")
+            raise PerdureError(
+                f"{name} is there already, and public. Nothing was sent: make it private there, or name another."
+            )
         api.upload_folder(
             repo_id=name, folder_path=folder, commit_message="Model in use, by perdure", delete_patterns=STALE
         )
