@@ -23,8 +23,8 @@ app = typer.Typer(
     help="Vision-language models that learn task after task and keep what they knew.",
 )  # fmt: skip
 for command in (
-    learner.learn, learner.predict, learner.evaluate, learner.history, learner.undo, learner.forget, results.export, results.push,
-    runs.run, runs.resume, runs.demo, results.report, results.generate, lists.methods, lists.streams,
+    learner.learn, learner.predict, learner.evaluate, learner.history, learner.undo, learner.forget, results.export,
+    results.push, runs.run, runs.resume, runs.demo, results.report, results.generate, lists.methods, lists.streams,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(data.app, name="data")
