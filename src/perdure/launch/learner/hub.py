@@ -41,6 +41,7 @@ def sent(folder: Path, name: str, private: bool) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(library_name="perdure")
+    failures: tuple[type[Exception], ...] = (OSError, *unreachable())
     try:
         # None: as a new repository is by default; one that is there stays as private as it is
         url = api.create_repo(name, private=private or None, exist_ok=True)
@@ -55,10 +56,9 @@ def sent(folder: Path, name: str, private: bool) -> str:
         raise PerdureError(refused(name, error.response.status_code, error.server_message)) from error
     except ValueError as error:  # a name or a card that it does not take
         raise PerdureError(f"The Hub refused {name}: {error}") from error
-    except (OSError, *unreachable()) as error:
+    except failures as error:
         raise PerdureError(
-            f"The Hub could not be reached ({type(error).__name__}): {name} is not complete there. Check the connection; the "
-            "same command begins again."
+            f"The Hub could not be reached ({type(error).__name__}). Check the connection; the same command begins again."
         ) from error
     return str(url)
 
