@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two workers of one thread each: on two cores faster than one worker of two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test fast lint wheel pythons bench study world clean
+.PHONY: demo test fast lint docs docs-check wheel pythons bench study world clean
 
 demo: $(VENV)/.ready
 	$(BIN)/perdure demo
@@ -20,6 +20,15 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages as a site, in build/site.
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+# Every example of README.md and docs/ is executed, two pages at a time.
+docs-check: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python docs/check.py
 
 # The package as people get it: built, installed into an environment of its own outside this tree, one short run from there.
 wheel: $(VENV)/.ready

@@ -24,7 +24,8 @@ app = typer.Typer(
 )  # fmt: skip
 for command in (
     learner.learn, learner.predict, learner.evaluate, learner.history, learner.undo, learner.forget, results.export,
-    serving.serve, runs.run, runs.resume, runs.demo, results.report, results.generate, lists.methods, lists.streams,
+    results.push, serving.serve, runs.run, runs.resume, runs.demo, results.report, results.generate, lists.methods,
+    lists.streams,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(data.app, name="data")

@@ -1,4 +1,4 @@
-"""Commands about what runs leave or take: ``report``, ``export``, ``generate``."""
+"""Commands about what runs leave or take: ``report``, ``export``, ``push``, ``generate``."""
 
 from __future__ import annotations
 
@@ -48,6 +48,21 @@ def export(
         return
     said = f"{launch.export(run, out, task)} lies in {out}. Load it with transformers' AutoModel.from_pretrained."
     console().print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def push(
+    home: Annotated[Path, typer.Argument(metavar="HOME", help="Folder of the model in use.")],
+    name: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository of the Hugging Face Hub.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository, if it is new, a private one.")
+    ] = False,
+) -> None:
+    """Put a model in use on the Hugging Face Hub, as export writes it, with its card. Needs HF_TOKEN or a login."""
+    from perdure.launch.learner import Learner
+    from perdure.launch.learner.hub import push_home
+
+    url = push_home(Learner(home), name, private)
+    console().print(f"The model in use lies at {url}", markup=False, highlight=False, soft_wrap=True)
 
 
 def generate(
