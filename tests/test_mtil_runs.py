@@ -21,7 +21,7 @@ STEP: dict[str, Any] = {"iterations": 1, "warmup": 0, "batch_size": 4, "tasks": 
 def test_mtil_is_learned_under_every_protocol(
     labels: str, task_id: str, shots: int, mtil_data: Path, real_clip: str, tmp_path: Path
 ) -> None:
-    asked = {"labels": labels, "task_id": task_id, "shots": shots}
+    asked: dict[str, Any] = {"labels": labels, "task_id": task_id, "shots": shots}
     # neither protocol nor shots are as usual where they are given: X-TAIL's are all, hidden, 16
     stream = "x-tail" if (labels, task_id) != ("all", "hidden") else "mtil-2"
     perdure.run("finetune", stream, tmp_path / "run", model=real_clip, **STEP, **asked)
