@@ -1,6 +1,6 @@
-"""Every shipped preset runs: two steps, with every value it holds. Those for MTIL, X-TAIL and CIFAR-100 take them on small trees
-of the data sets in their real formats. The others are class-incremental and for ImageNet-100, ImageNet-R, CUB-200, Stanford Cars,
-EuroSAT or ISIC, of which there are no small trees in that form: they have a stand-in from the small world."""
+"""Every shipped preset runs: two steps, with every value it holds. Those for MTIL, X-TAIL and CIFAR-100 take them on small
+trees of the data sets in their real formats. The others are class-incremental and for ImageNet-100, ImageNet-R, CUB-200,
+Stanford Cars, EuroSAT or ISIC, of which there are no small trees in that form: they have a stand-in from the small world."""
 
 from __future__ import annotations
 
