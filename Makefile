@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two workers of one thread each: on two cores faster than one worker of two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test fast lint docs docs-check wheel pythons bench study world clean
+.PHONY: demo test fast lint docs docs-check wheel proof pythons bench study world clean
 
 demo: $(VENV)/.ready
 	$(BIN)/perdure demo
@@ -35,6 +35,10 @@ wheel: $(VENV)/.ready
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
 	.ci/wheel build/wheel/perdure-*.whl
+
+# The way that real data and real checkpoints take, end to end, on a miniature of MTIL.
+proof: $(VENV)/.ready-dev
+	$(BIN)/python proofs/real_form.py
 
 # The lowest and the highest Python that are supported, where they are installed: the quick tests in an environment of each.
 pythons:

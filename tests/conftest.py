@@ -1,16 +1,18 @@
-"""What tests share: a short stream of the small world, and a model to spoil."""
+"""What tests share: a short stream of the small world, a model to spoil, MTIL in small trees and a CLIP in its real form."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+import tiny
 import torch
+import trees
 
 import perdure
 from perdure import launch
@@ -33,6 +35,26 @@ def clip() -> CLIP:
 @pytest.fixture
 def stream() -> Stream:
     return mini.multi_domain("I").shortened(tasks=3, images=48)
+
+
+@pytest.fixture(scope="session")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small trees of MTIL's data sets: not to be spoilt."""
+    return trees.grow(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def mtil_data(grown: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """``grown`` as the place where data lie."""
+    monkeypatch.setenv("PERDURE_DATA", str(grown))
+    with trees.own_checksums(grown):
+        yield grown
+
+
+@pytest.fixture(scope="session")
+def real_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random CLIP of two layers in the real checkpoint format, for 224 pixels, with CLIP's real tokenizer."""
+    return str(tiny.checkpoint(tmp_path_factory.mktemp("tiny") / "clip", "clip", side=224, patch=32))
 
 
 @pytest.fixture(scope="session")

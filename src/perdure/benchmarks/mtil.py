@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -78,7 +79,8 @@ def files_of(found: Any, base: Path) -> Side:
     pairs = getattr(found, "samples", None) or getattr(found, "_samples", None)
     if pairs:
         return listed(base, [path for path, _ in pairs], [label for _, label in pairs])
-    return listed(base, getattr(found, "_image_files", None) or found._images, found._labels)
+    paths = found._image_files if hasattr(found, "_image_files") else getattr(found, "_images", [])
+    return listed(base, paths, found._labels)
 
 
 def in_memory(found: Any) -> Side:
@@ -99,7 +101,10 @@ def reader(
         from torchvision import datasets
 
         made = [getattr(datasets, kind)(str(base), *own, download=fetch) for own in (train, test) if own is not None]
-        names = list(getattr(made[0], "classes", None) or getattr(made[0], "categories", []))
+        names, *others = (list(getattr(one, "classes", None) or getattr(one, "categories", [])) for one in made)
+        if others and others[0] != names:  # labels are numbers among a side's own classes
+            odd = sorted(set(names) ^ set(others[0]))
+            raise ValueError(f"its two sides have not the same classes: {', '.join(odd[:3])}")
         if hasattr(made[0], "data"):
             return names, in_memory(made[0]), in_memory(made[1])
         sides = [files_of(one, base) for one in made]
@@ -129,6 +134,16 @@ SETS: dict[str, DataSet] = {
 }  # fmt: skip
 
 
+def of_damage() -> tuple[type[Exception], ...]:
+    """What torchvision and scipy raise of lists that are cut short or are none."""
+    found = (KeyError, IndexError, ValueError, TypeError, OSError, AssertionError, zlib.error)
+    with contextlib.suppress(ImportError):
+        from scipy.io.matlab import MatReadError
+
+        return *found, MatReadError
+    return found
+
+
 @contextlib.contextmanager
 def explained(name: str, base: Path) -> Iterator[None]:
     """What torchvision raises, in words that say where and what to do."""
@@ -143,10 +158,9 @@ def explained(name: str, base: Path) -> Iterator[None]:
         raise PerdureError(
             f"{name} is not at {base / one.home} ({str(error).splitlines()[0]}) How to get it: {one.by_hand.format(name)}."
         ) from None
-    except (KeyError, IndexError, ValueError, TypeError, OSError) as error:
-        raise DamagedFile(
-            f"The lists of {name} in {base / one.home} are not those of the data set ({error})."
-        ) from None
+    except of_damage() as error:
+        said = str(error) or type(error).__name__
+        raise DamagedFile(f"The lists of {name} in {base / one.home} are not those of the data set ({said}).") from None
 
 
 @cache

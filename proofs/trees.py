@@ -1,16 +1,21 @@
-"""Small trees of MTIL's data sets in their real formats on disk: annotation files, devkits, folder names, tiny pictures."""
+"""Small trees of MTIL's data sets in their real formats on disk: annotation files, devkits, folder names, tiny pictures.
+The tests take them from here too."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import pickle
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from PIL import Image
 from scipy.io import savemat
+from torchvision.datasets import CIFAR100, Flowers102
 
 
 def jpeg(path: Path, shade: int, size: tuple[int, int] = (20, 16)) -> None:
@@ -133,7 +138,7 @@ def stanford_cars(base: Path) -> None:
         for n in range(9):
             jpeg(home / f"cars_{side}" / f"{n + 1:05d}.jpg", n % 3)
             rows.append((1, 1, 10, 10, n % 3 + 1, f"{n + 1:05d}.jpg"))
-        savemat(place, {"annotations": np.array(rows, dtype=kinds)[None]})
+        savemat(place, {"annotations": np.array(rows, dtype=kinds)[None]}, do_compression=True)
 
 
 def sun397(base: Path) -> None:
@@ -148,3 +153,28 @@ BUILDERS = {
     "Aircraft": aircraft, "Caltech101": caltech101, "CIFAR100": cifar100, "DTD": dtd, "EuroSAT": eurosat, "Flowers": flowers,
     "Food": food, "MNIST": mnist, "OxfordPet": oxford_pet, "StanfordCars": stanford_cars, "SUN397": sun397,
 }  # fmt: skip
+
+
+def grow(base: Path) -> Path:
+    """All eleven under one root."""
+    for build in BUILDERS.values():
+        build(base)
+    return base
+
+
+@contextlib.contextmanager
+def own_checksums(base: Path) -> Iterator[None]:
+    """torchvision knows two of the data sets by the checksums of their real archives; here by those of the small files."""
+
+    def md5(*parts: str) -> str:
+        return hashlib.md5(base.joinpath(*parts).read_bytes()).hexdigest()
+
+    cifar, flowers = CIFAR100.base_folder, "flowers-102"
+    lists = {"label": "imagelabels.mat", "setid": "setid.mat"}
+    with (
+        mock.patch.object(CIFAR100, "train_list", [["train", md5(cifar, "train")]]),
+        mock.patch.object(CIFAR100, "test_list", [["test", md5(cifar, "test")]]),
+        mock.patch.object(CIFAR100, "meta", {**CIFAR100.meta, "md5": md5(cifar, "meta")}),
+        mock.patch.dict(Flowers102._file_dict, {key: (name, md5(flowers, name)) for key, name in lists.items()}),
+    ):
+        yield

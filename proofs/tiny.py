@@ -1,4 +1,5 @@
-"""Small random checkpoints in the form that real ones have, and what plain transformers makes of them."""
+"""Small random checkpoints in the form that real ones have (CLIP and its kin, Stable Diffusion), and what plain transformers
+makes of them. The tests take them from here too."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from PIL import Image
@@ -19,16 +19,15 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 WORDS = ["a photo of a cat", "a drawing of the sun", "an icon of a dog", "the letter q", "hot air balloon at night"]
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-VISION = {**TEXT, "patch_size": 8}
 MEAN, STD = [0.4, 0.5, 0.6], [0.3, 0.25, 0.2]
 BPE_SIZE = 49152 - 256 - 2
 
 
 def bpe_file() -> Path:
-    """CLIP's published merges, as open_clip's package brings them; the test is left out where that is not installed."""
+    """CLIP's published merges, as open_clip's package brings them."""
     found = importlib.util.find_spec("open_clip")  # its file alone is wanted: it is not imported
     if found is None or not found.submodule_search_locations:
-        pytest.skip("CLIP's vocabulary comes with the package open_clip_torch")
+        raise ModuleNotFoundError("CLIP's vocabulary comes with a package: pip install open_clip_torch")
     return Path(found.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
 
 
@@ -68,7 +67,7 @@ def siglip2_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
-def checkpoint(folder: Path, kind: str, side: int = 32, seed: int = 0, **processor: Any) -> Path:
+def checkpoint(folder: Path, kind: str, side: int = 32, seed: int = 0, patch: int = 8, **processor: Any) -> Path:
     """Write a random ``kind`` (clip, siglip, siglip2) with tokenizer and preprocessing; ``processor``: other values of that."""
     folder.mkdir(parents=True)
     name, image = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2"}[kind], {"image_size": side}
@@ -82,8 +81,13 @@ def checkpoint(folder: Path, kind: str, side: int = 32, seed: int = 0, **process
     if kind != "clip":
         about = {}
     if kind == "siglip2":
-        image, sized = {"num_patches": (side // 8) ** 2}, {"patch_size": 8, "max_num_patches": (side // 8) ** 2}
-    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config={**VISION, **image}, **about)
+        image, sized = (
+            {"num_patches": (side // patch) ** 2},
+            {"patch_size": patch, "max_num_patches": (side // patch) ** 2},
+        )
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config={**TEXT, "patch_size": patch, **image}, **about
+    )
     set_seed(seed)
     model = getattr(transformers, f"{name}Model")(config)
     with torch.no_grad():
@@ -106,3 +110,28 @@ def plain_logits(folder: Path, pictures: list[Image.Image] | Tensor, prompts: li
     ids = tokenizer(prompts, padding="max_length", max_length=context, return_tensors="pt").input_ids
     with torch.no_grad():
         return model(input_ids=ids, **processor(list(pictures), return_tensors="pt")).logits_per_image
+
+
+def text_to_image(folder: Path, seed: int = 0) -> Path:
+    """Write a random text-to-image pipeline in the form of Stable Diffusion v1.5, with CLIP's real tokenizer: 16 pixels."""
+    import diffusers  # takes a while, and only this needs it
+
+    words = clip_tokenizer(folder / "tokenizer")
+    text = {**TEXT, "vocab_size": words, "max_position_embeddings": 77, "eos_token_id": 2, "bos_token_id": 0}
+    set_seed(seed)
+    blocks, kept = (16, 16), {"norm_num_groups": 8, "layers_per_block": 1}
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=blocks, down_block_types=down, up_block_types=up, cross_attention_dim=32,
+        attention_head_dim=8, **kept,
+    )  # fmt: skip
+    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=blocks, down_block_types=down, up_block_types=up, latent_channels=4, sample_size=16, **kept
+    )
+    encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(**text))
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    made = diffusers.StableDiffusionPipeline(vae, encoder, tokenizer, unet, scheduler, None, None, None, False)
+    made.save_pretrained(folder)
+    return folder
