@@ -40,7 +40,7 @@ class Watched(CoDyRA):
             self.gradients.append({n: g for n, g in found.items() if g is not None} if len(self.gates) < 5 else {})
             return found
 
-        super().step(batch, watched)
+        super().step(batch, watched)  # type: ignore[arg-type]
 
     def note(self) -> None:
         self.gates.append(torch.stack([u.w.detach().clone() for u in self.updates.values()]))

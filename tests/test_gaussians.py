@@ -85,9 +85,15 @@ def test_a_generator_draws_what_it_was_fitted_to(kind: str) -> None:
     x = torch.cat([some(65, 1), 10 - some(40, 2)])
     x[:, 4] = 7.0  # without spread
     rows = torch.tensor([3] * 65 + [1] * 40)
-    options = ReplayOptions(replay=kind, vae_passes=60, vae_lr=5e-3, vae_hidden=16, vae_latent=4)
+    options = ReplayOptions(
+        replay=kind,  # type: ignore[arg-type]
+        vae_passes=60,
+        vae_lr=5e-3,
+        vae_hidden=16,
+        vae_latent=4,
+    )
     kept = feature_replay.fitted(
-        x, rows, list("abcd"), options, lambda *p: optimise(*p[:3], torch.device("cpu")), 0, "t"
+        x, rows, list("abcd"), options, lambda a, b, c, _: optimise(a, b, c, torch.device("cpu")), 0, "t"
     )
     assert kept["rows"].tolist() == [1, 3]
     drawn = feature_replay.drawn(kept, 4000, torch.Generator().manual_seed(5))

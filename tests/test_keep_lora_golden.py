@@ -40,7 +40,7 @@ class Trial:
         for k, size in enumerate(h["task_sizes"]):
             classes = tuple(Class(f"class {c}", ("{}",)) for c in range(first, first + size))
             sides = [Images(t[f"task{k}/{s}images"], t[f"task{k}/{s}labels"]) for s in ("", "test_")]
-            self.tasks.append(Task(f"task{k}", classes, *sides, index=k))
+            self.tasks.append(Task(f"task{k}", classes, sides[0], sides[1], k))
             first += size
         monkeypatch.setattr(training, "batches", self.epochs)
         monkeypatch.setattr(keep_lora, "batches", self.passes)

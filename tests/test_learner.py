@@ -239,7 +239,7 @@ def test_what_is_kept_of_test_pictures_is_a_choice(tmp_path: Path, drawings: Pat
     for keep in ("pictures", "paths", "none"):
         learner = opened(tmp_path / keep, drawings, keep=keep, **RIDGE)
         learner.learn(tmp_path / "shown" / "digits")
-        assert home.KEPT[keep] in learner.kept()  # type: ignore[index]
+        assert home.KEPT[keep] in learner.kept()
     shutil.rmtree(tmp_path / "shown" / "digits")
     found = {keep: Learner(tmp_path / keep).evaluate()[0] for keep in ("pictures", "paths", "none")}
     assert found["pictures"].after is not None and found["pictures"].name == "digits"
@@ -273,7 +273,7 @@ def test_a_home_is_used_as_it_was_made(mine: Path, drawings: Path, tmp_path: Pat
         ({"model": str(tmp_path)}, "model: "), ({"keep": "none"}, "keep: none"), ({"seed": 3}, "seed: 3"),
     ):  # fmt: skip
         with pytest.raises(PerdureError, match=said):
-            Learner(mine, **wrong)  # type: ignore[arg-type]
+            Learner(mine, **wrong)
     Learner(mine, **RIDGE)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("x")

@@ -84,7 +84,8 @@ class Trial:
     def learn(self, number: int) -> Any:
         task, method = self.task(number), self.method
         calls = dict.fromkeys(method.mixtures, 0)
-        self.log, self.gates = [], {}
+        self.log = []
+        self.gates: dict[str, Any] = {}
 
         def watch(name: str, mixture: Mixture) -> None:
             def noise(z: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class Trial:
                 trial.log.append({n: g.clone() for n, g in found.items() if g is not None})
                 return found
 
-            original(batch, heard)
+            original(batch, heard)  # type: ignore[arg-type]
 
         method.step = step  # type: ignore[method-assign]
         losses = fit(method, task, torch.Generator(), self.clip.size, self.clip.device)

@@ -40,7 +40,7 @@ def task_of(t: dict[str, Tensor], number: int, sizes: list[int]) -> Task:
     classes = tuple(Class(f"class {k}", ("{}",)) for k in range(first, first + sizes[number]))
     own = part(t, f"task{number}/")
     sides = [Images(own[f"{s}_images"].float(), own[f"{s}_labels"] - first) for s in ("train", "test")]
-    return Task(f"task {number}", classes, *sides, index=number)
+    return Task(f"task {number}", classes, sides[0], sides[1], number)
 
 
 def drawn_as(monkeypatch: pytest.MonkeyPatch, t: dict[str, Tensor], number: int) -> None:
@@ -71,7 +71,7 @@ def test_a_run_is_the_release_s(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     phases: dict[str, Any] = {}
     near: list[Any] = []
     found = rapf.near_pairs
-    monkeypatch.setattr(rapf, "near_pairs", lambda *asked: near.append(found(*asked)) or near[-1])
+    monkeypatch.setattr(rapf, "near_pairs", lambda *asked: near.append(found(*asked)) or near[-1])  # type: ignore[func-returns-value]
     adapters: list[rapf.Adapter] = []
 
     def train(learner: rapf.Adapter, plan: Any, draws: Any, name: str) -> Any:
@@ -80,7 +80,7 @@ def test_a_run_is_the_release_s(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         rates.extend(plan.rate(k) for k in range(plan.steps))
         return phases[name]
 
-    method.lend(train)
+    method.lend(train)  # type: ignore[arg-type]
     for number in range(len(h["task_sizes"])):
         rates: list[float] = []
         task = task_of(t, number, h["task_sizes"])

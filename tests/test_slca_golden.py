@@ -43,7 +43,8 @@ def task_of(t: dict[str, Tensor], number: int, sizes: list[int]) -> Task:
         labels = t[f"{side}/labels"]
         own = (labels >= first) & (labels < last)
         sides.append(Images(t[f"{side}/images"][own].float(), labels[own] - first))
-    return Task(f"task{number}", tuple(Class(f"class {k}", ("{}",)) for k in range(first, last)), *sides, index=number)
+    classes = tuple(Class(f"class {k}", ("{}",)) for k in range(first, last))
+    return Task(f"task{number}", classes, sides[0], sides[1], number)
 
 
 def drawn_as(monkeypatch: pytest.MonkeyPatch, t: dict[str, Tensor], number: int) -> None:
@@ -52,7 +53,7 @@ def drawn_as(monkeypatch: pytest.MonkeyPatch, t: dict[str, Tensor], number: int)
     monkeypatch.setattr(slca, "batches", in_order)
     born = t[f"head_init_task{number}"] / 0.02
     noise = iter([born, *(t[f"ca_noise/task{number}"].float() if number else [])])
-    orders = iter(t[f"ca_perm/task{number}"].long() if number else [])
+    orders: Any = iter(t[f"ca_perm/task{number}"].long() if number else [])
     monkeypatch.setattr(gaussians, "normal", lambda *asked: next(noise))
     monkeypatch.setattr(gaussians, "shuffled", lambda *asked: next(orders))
 
@@ -107,10 +108,10 @@ def test_a_run_is_the_release_s(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         answer, theirs = method.predict(Query(tests, classes)), t[f"eval_task{number}/logits"]
         assert torch.allclose(answer, theirs, rtol=0, atol=allowed["logits"])
         assert torch.equal(answer.argmax(1), theirs.argmax(1))
-    kept = method.state.gaussians
+    kept: Any = method.state.gaussians
     torch.testing.assert_close(kept["means"], t["class_means"], rtol=1e-4, atol=1e-5)
-    mine = torch.stack([gaussians.covariance(kept, row) for row in range(len(t["class_covs"]))])
-    torch.testing.assert_close(mine, t["class_covs"], rtol=1e-3, atol=1e-5)
+    covariances = torch.stack([gaussians.covariance(kept, row) for row in range(len(t["class_covs"]))])
+    torch.testing.assert_close(covariances, t["class_covs"], rtol=1e-3, atol=1e-5)
 
 
 def test_a_frozen_tower_is_shown_its_images_once(monkeypatch: pytest.MonkeyPatch) -> None:
