@@ -6,8 +6,8 @@ A block must end with exit code 0. HTML comments on the lines directly before it
 
     <!-- docs-check: skip: REASON -->             not executed: it needs a Hub, an accelerator, hours
     <!-- docs-check: without WORD: REASON -->     its lines that hold WORD are left out
-    <!-- docs-check: short KEY=VALUE ... -->      appended to every ``perdure run``, for a quick look; --overwrite: its lines
-                                                  are alternatives, each in the place of the one before
+    <!-- docs-check: short KEY=VALUE ... -->      appended to every ``perdure run``: for a quick look; --overwrite:
+                                                  its lines are alternatives, each in the place of the one before
     <!-- docs-check: prints TEXT -->              what it prints must hold TEXT, however lines are broken
     <!-- docs-check: fails CODE -->               it must end with this exit code
     <!-- docs-check: file NAME -->                it is written as this file, whatever its language, not executed

@@ -161,7 +161,7 @@ def test_a_method_is_one_file(short_run: Run, tmp_path: Path, monkeypatch: pytes
     from perdure import methods
 
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (tmp_path / "half.py").write_text(readme.split("```python\n# src/perdure/methods/half.py\n")[1].split("```")[0])
+    (tmp_path / "half.py").write_text(readme.split("```python\n# half.py\n")[1].split("```")[0])
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     none, some, all_of_it = (short_run("half", share=share) for share in (0.0, 0.5, 1.0))
     assert none["accuracy"] == short_run("zero_shot")["accuracy"]
