@@ -229,3 +229,27 @@ def test_every_kind_can_be_cropped(tmp_path: Path) -> None:
     assert seen.shape == (len(files), 3, 12, 12) and seen.dtype == torch.uint8
     with opened(tmp_path / "rotated.jpg") as turned:
         assert turned.size == (61, 90)
+
+
+@pytest.mark.parametrize("size", [(20, 600), (700, 24)])
+def test_of_a_slender_picture_the_middle_is_seen_and_no_more_is_made(
+    size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(
+        tmp_path / "a.png"
+    )
+    files = Files((tmp_path / "a.png",), 48)
+    seen = files[torch.tensor([0])].int()
+    monkeypatch.setattr("perdure.data.files.SLENDER", 1000)
+    assert (files[torch.tensor([0])].int() - seen).abs().max() <= 2  # of the whole, resized
+    monkeypatch.undo()
+    made: list[int] = []
+    resize = Image.Image.resize
+
+    def noted(self: Image.Image, to: tuple[int, int], *more: Any, **rest: Any) -> Image.Image:
+        made.append(to[0] * to[1])
+        return resize(self, to, *more, **rest)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    Image.new("RGB", (1, 20_000)).save(tmp_path / "a.png")
+    assert files[torch.tensor([0])].shape == (1, 3, 48, 48) and max(made) <= 48 * 48 * 16

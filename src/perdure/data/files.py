@@ -21,6 +21,8 @@ from perdure.data.opening import looks_wrong, opened, trouble
 from perdure.data.places import Source
 from perdure.data.transforms import crop_box, random_resized_crop, some_numbers
 
+SLENDER = 16  # one side by the other: from there on a centre crop is cut out before it is resized
+
 
 @dataclass(frozen=True)
 class Files:
@@ -66,6 +68,8 @@ class Files:
     def read(self, path: Source) -> Tensor:
         """One picture, (3, side, side) uint8."""
         with opened(path) as picture:
+            if self.fit.crop:
+                picture = middle(picture)
             short, edge = min(picture.size), self.fit.edge or self.side
             wide, tall = (edge if x == short or not self.fit.crop else int(edge * x / short) for x in picture.size)
             picture = picture.resize((wide, tall), Image.Resampling[self.fit.resample.upper()])
@@ -83,6 +87,18 @@ class Files:
 
         chosen = self.select(index).paths
         return torch.stack([one(job) for job in zip(chosen, numbers.unbind(2), strict=True)])
+
+
+def middle(picture: Image.Image) -> Image.Image:
+    """Of a very slender picture the middle, which is all that a centre crop shows: resized whole, a picture of one pixel by
+    twenty thousand would take gigabytes."""
+    wide, tall = picture.size
+    short = min(wide, tall)
+    if max(wide, tall) <= SLENDER * short:
+        return picture
+    kept = SLENDER // 2 * short
+    left, top = (max(0, (x - kept) // 2) for x in (wide, tall))
+    return picture.crop((left, top, left + min(wide, kept), top + min(tall, kept)))
 
 
 def as_tensor(picture: Image.Image) -> Tensor:
