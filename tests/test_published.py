@@ -18,7 +18,8 @@ from perdure.report.published import differences, tables
 def run_of(folder: Path, **more: Any) -> Path:
     """A metrics file as a run leaves it."""
     found = {
-        "method": "zscl", "stream": "mtil", "seed": 0, "tasks": ["a"], "accuracy": [[1.0], [2.0]], "seconds": 1, "peak_memory_mb": 1,
+        "method": "zscl", "stream": "mtil", "seed": 0, "tasks": ["a"], "accuracy": [[1.0], [2.0]], "seconds": 1,
+        "peak_memory_mb": 1,
         "transfer": 67.1, "average": 76.4, "last": None, "config": {"shots": 0, "model": "openai/clip-vit-base-patch16"},
         "protocol": {"labels": "task", "task_id": "known"}, **more,
     }  # fmt: skip

@@ -23,14 +23,13 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or
         if not fitting:
             kept = ", ".join(dict.fromkeys(one.stream for one in tables()))
             say(
-                f"{run}: no published table is kept for {found['stream']} as it was run here. There are tables for {kept}, of all "
-                "images or so many shots, the task known or hidden as they were printed."
+                f"{run}: no published table is kept for {found['stream']} as it was run here. There are tables for {kept}, "
+                "of all images or so many shots, the task known or hidden as they were printed."
             )
             continue
         model = found.get("config", {}).get("model", "")
-        say(
-            f"{run}: {found['method']} on {found['stream']}. The published figures are of {OF}; this run's model: {named(model)}."
-        )
+        what = f"{run}: {found['method']} on {found['stream']}"
+        say(f"{what}. The published figures are of {OF}; this run's model: {named(model)}.")
         for table in fitting:
             console().print(beside(found, table))
 
