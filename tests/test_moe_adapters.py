@@ -16,6 +16,7 @@ from perdure.data.task import Context, Query, Task
 from perdure.engine.checkpoint import module_state
 from perdure.methods import moe_adapters
 from perdure.methods.base import Method
+from perdure.methods.compose import Compose
 from perdure.methods.moe_adapters import MoEAdapters
 from perdure.models import selector
 from perdure.models.clip import CLIP
@@ -194,3 +195,9 @@ def test_it_learns_and_what_it_was_born_with_stays(tmp_path: Path) -> None:
     assert m["forgetting"] < 3 and m["probe"][-1] > m["probe"][0] - 20
     with pytest.raises(PerdureError, match="has put modules of its own into the towers"):
         launch.export(tmp_path / "run", tmp_path / "out")
+
+
+def test_under_another_fuser_its_experts_would_never_act_so_it_is_refused() -> None:
+    with pytest.raises(PerdureError, match="which ConDU knows nothing of. Leave the role fuse out"):
+        Compose(learn=launch.build("moe_adapters", {}), fuse=launch.build("condu", {}))
+    Compose(learn=launch.build("finetune", {}), fuse=launch.build("condu", {}))

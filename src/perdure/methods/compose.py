@@ -31,6 +31,11 @@ class Compose(Method):
                     f"{type(part).__name__} cannot be asked to {role}: it plays {', '.join(part.plays)} alone. Leave the role "
                     "out, or give it to another method."
                 )
+        if learn.alone and fuse is not None and fuse is not learn:
+            raise PerdureError(
+                f"What {type(learn).__name__} learns acts in its own experts, which {type(fuse).__name__} knows nothing of. "
+                "Leave the role fuse out."
+            )
         self.learn, self.fuser, self.answerer = learn, fuse or learn, answer or learn
         self.parts = {"learn": learn, "fuse": self.fuser, "answer": self.answerer}
         self.scope = learn.scope  # type: ignore[misc]
