@@ -27,8 +27,9 @@ docs: $(VENV)/.ready
 	$(BIN)/mkdocs build --strict
 
 # Every example of README.md and docs/ is executed, two pages at a time.
+# The examples of README.md and docs/, or of PAGES alone.
 docs-check: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python docs/check.py
+	OMP_NUM_THREADS=1 $(BIN)/python docs/check.py $(PAGES)
 
 # The package as people get it: built, installed into an environment of its own outside this tree, one short run from there.
 wheel: $(VENV)/.ready
