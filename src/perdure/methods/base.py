@@ -51,7 +51,7 @@ class Method(Answering, Learner):
     Config: ClassVar[type] = Recipe
     State: ClassVar[type] = State
     plays: ClassVar[Sequence[str]] = ("learn", "fuse", "answer")  # in another role it has nothing of its own to say
-    alone: ClassVar[bool] = False  # True: what it learns acts only where it fuses too
+    must_fuse: ClassVar[bool] = False  # True: what it learns acts only where it fuses too
     role_options: ClassVar[Mapping[str, type]] = {}  # the options that count where only this role is played
     scope: ClassVar[Literal["task", "stream"]] = "task"  # stream: sees all tasks at once
     learns: ClassVar[bool] = True  # False: no task changes anything

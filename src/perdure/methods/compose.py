@@ -31,7 +31,7 @@ class Compose(Method):
                     f"{type(part).__name__} cannot be asked to {role}: it plays {', '.join(part.plays)} alone. Leave the role "
                     "out, or give it to another method."
                 )
-        if learn.alone and fuse is not None and fuse is not learn:
+        if learn.must_fuse and fuse is not None and fuse is not learn:
             raise PerdureError(
                 f"What {type(learn).__name__} learns acts in its own experts, which {type(fuse).__name__} knows nothing of. "
                 "Leave the role fuse out."

@@ -86,7 +86,7 @@ class MoEAdapters(Method):
     """Experts beside frozen towers, a router a task, an autoencoder a task that says whose an image is."""
 
     Config = Config
-    alone = True
+    must_fuse = True
     State = Learned
     state: Learned
     learning: int | None = None  # the router that is being learned
