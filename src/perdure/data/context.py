@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from perdure.core.errors import PerdureError
+
 if TYPE_CHECKING:
     from perdure.data.task import Class, Images, Task
 
@@ -42,5 +44,11 @@ class Context:
     drawings: Callable[[], Images] | None = None
 
     def images(self, task: str, index: Tensor) -> Images:
-        """Training images of a task by its name, those numbered ``index`` (n,)."""
-        return next(t for t in self.tasks if t.name == task).train.take(index)
+        """Training images of a task by its name, those numbered ``index`` (n,). ``PerdureError`` where they are not at hand."""
+        found = next(t for t in self.tasks if t.name == task).train
+        if len(index) and not len(found):
+            raise PerdureError(
+                f"The method asks for training images of {task}, which are not at hand: a model in use keeps none. Choose "
+                "one that needs no old images."
+            )
+        return found.take(index)

@@ -89,9 +89,17 @@ def read_classes(kept: Sequence[Sequence[Any]]) -> tuple[Class, ...]:
     return tuple(Class(name, tuple(templates), tuple(also)) for name, templates, also in kept)
 
 
+def kept(folder: Path, keep: Keep) -> str:
+    """What is kept of test pictures, and how much room a HOME takes, in words."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{KEPT[keep]}; {size / 1e6:,.0f} MB in all"
+
+
 def numbered(folder: Path) -> list[Path]:
-    """The current course of task folders, from row 0 on."""
+    """The current course of task folders, from row 0 on. ``DamagedFile`` where there is none, or one is missing."""
     found = {int(m.group(1)): p for p in sorted(folder.glob("task_*")) if (m := re.match(r"task_(\d+)_", p.name))}
+    if not found:
+        raise DamagedFile(f"{folder} holds nothing that was learned.")
     course = [found[number] for number in range(len(found)) if number in found]
     if len(course) < len(found):
         raise DamagedFile(
@@ -107,8 +115,6 @@ def course(folder: Path, tensors: bool = True) -> tuple[list[Saved], list[Learne
     ``DamagedFile`` where something is missing or altered; it says how to go back to what is sound.
     """
     folders = numbered(folder)
-    if not folders:
-        raise DamagedFile(f"{folder} holds nothing that was learned.")
     read: list[Saved] = []
     for number, one in enumerate(folders):
         try:

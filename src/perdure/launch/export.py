@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +78,34 @@ def check_target(
     out: Path, done: list[Path], data: Stream, method: Method, task: int | None, config: dict[str, Any]
 ) -> None:
     """Refuse a folder that is taken or cannot be written, and to choose among experts for the user."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PerdureError(f"{out} exists. Choose a new folder.")
+    check_free(out)
     if not method.carries_weights and task is None:
         known = ", ".join(f"{n} ({t.name})" for n, t in enumerate(data.tasks[: len(done) - 1], 1))
         raise PerdureError(f"{config['method']} keeps an expert a task. Say which with --task: {known or 0}.")
+
+
+def check_free(out: Path) -> None:
+    """Refuse a folder that is taken or cannot be written."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PerdureError(f"{out} exists. Choose a new folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK):
         raise PerdureError(f"{out.parent} cannot be written to. Choose another folder.")
+
+
+@contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A folder to write, which becomes ``out`` when it is complete."""
+    beside = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        if out.exists():
+            out.rmdir()  # empty, as was checked
+        os.replace(beside, out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_modules(method: Method, name: str) -> None:
@@ -97,9 +119,7 @@ def check_modules(method: Method, name: str) -> None:
 
 def write(method: Method, config: dict[str, Any], out: Path) -> list[str]:
     """Write the checkpoint and what lies beside it; return the names of what plain transformers will not load."""
-    beside = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with whole(out) as beside:
         method.clip.save(beside)
         files, values = method.answer_state()
         tensors = {f"state/{file}/{key}": t for file, own in files.items() for key, t in own.items()}
@@ -109,9 +129,4 @@ def write(method: Method, config: dict[str, Any], out: Path) -> list[str]:
             save_file(on_their_own(tensors), beside / "perdure.safetensors")
             about = {"method": config["method"], "options": config["options"], "values": values, "beside": left}
             write_json(beside / "perdure.json", about)
-        if out.exists():
-            out.rmdir()  # empty, as was checked
-        os.replace(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return left

@@ -166,7 +166,7 @@ class Ridge(HeadMethod):
 
     def sum_up_again(self) -> None:
         """Make the sums of the tasks so far again, by the weights the model holds now."""
-        state, here = self.state, {task.name: task for task in self.context.tasks}
+        state, here = self.state, {task.name: task for task in self.context.tasks if len(task.train)}
         if gone := [name for name in state.tasks if name not in here]:
             raise PerdureError(f"reencode=true: the images of {', '.join(gone)} are not at hand. Set reencode=false.")
         state.sums = {}

@@ -50,7 +50,7 @@ def rows_of(
 ) -> Iterator[Answer]:
     """The answers for images (N, 3, H, W) of one batch."""
     answer, experts = method.answered([Query(pixels, asked)])[0]
-    scores, order = probabilities(answer).cpu().sort(dim=1, descending=True, stable=True)
+    scores, order = probabilities(method, answer).cpu().sort(dim=1, descending=True, stable=True)
     names, weights = loudest(experts, len(pixels))
     for k in range(len(pixels)):
         best = asked[int(order[k, 0])]
@@ -66,11 +66,11 @@ def rows_of(
         yield row
 
 
-def probabilities(answer: Tensor) -> Tensor:
+def probabilities(method: Method, answer: Tensor) -> Tensor:
     """(N, C): a head's answers are probabilities already, the others' are logits."""
     sums = answer.sum(1)
     already = bool((answer >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
-    return answer if already else answer.softmax(1)
+    return answer if already else method.clip.probabilities(answer)
 
 
 def loudest(experts: Sequence[Expert], count: int) -> tuple[list[str], list[float]]:

@@ -22,7 +22,7 @@ def model_card(
             "---", yaml.safe_dump(header(config, rows), sort_keys=False, allow_unicode=True).strip(), "---", "",
             f"# {config['stream']}", "",
             f"A CLIP that learned {len(learned)} task{'s' * (len(learned) != 1)} one after another with "
-            f"[perdure](https://pypi.org/project/perdure/) {config['environment']['perdure']}, method `{config['method']}`.",
+            f"perdure {config['environment']['perdure']}, method `{config['method']}`.",
             "", "## What it knows", "", *known(learned), "",
             "## What was won and lost", "", *course(current, rows), "",
             "## How to use it", "", *usage(left), "",

@@ -57,6 +57,8 @@ def row(name: str, before: Hits, after: Hits, of_all: Hits) -> Row:
     sides = {key: hits[name] for key, hits in (("before", before), ("after", after)) if name in hits}
     if not sides:
         return Row(name, 0)
+    if len({len(hits) for hits in sides.values()}) > 1:  # other pictures than before: there is nothing to compare
+        sides = {"after": after[name]}
     draws = dict(zip(sides, bootstrap(list(sides.values()), name).T, strict=True))
     found: dict[str, Any] = {key: per_cent(hits) for key, hits in sides.items()}
     found |= {f"{key}_interval": ends(draws[key]) for key in sides}

@@ -15,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from perdure.benchmarks import mini
 from perdure.core.caller import undisturbed
-from perdure.core.errors import DamagedFile, PerdureError, unknown
+from perdure.core.errors import PerdureError, unknown
 from perdure.core.paths import expanded
 from perdure.core.state import only_one, write_json
 from perdure.data.task import Context, Stream, Task
@@ -27,11 +28,11 @@ from perdure.engine import home
 from perdure.engine.checkpoint import folder_name, free_name, read_task, save_task
 from perdure.engine.home import Keep, Measured
 from perdure.engine.run import identity
-from perdure.engine.settings import load_clip
+from perdure.engine.settings import Settings, load_clip
 from perdure.engine.watcher import Watcher
 from perdure.launch.learner.answers import Answer, Pictures, answered
 from perdure.launch.learner.comparison import Outcome, Outcomes, Row, compared, refusal
-from perdure.launch.learner.making import Asked, check_same, configured, read_home
+from perdure.launch.learner.making import Asked, check_same, configured, elsewhere, read_home
 from perdure.launch.learner.pictures import check_unchanged, pictures_of, planned, prepared
 from perdure.launch.learner.probe import keep_probe, probe_of
 from perdure.launch.learner.state import Current, bound, check_task, noted
@@ -56,7 +57,9 @@ class Learner:
         self.asked = Asked(model, method, str(probe or ""), keep, seed, options)
         self.made = read_home(self.folder)
         if self.made is not None:
+            self.asked = replace(self.asked, method=method or self.made["method"])
             check_same(self.folder, self.made, self.asked)
+        self.here = elsewhere(self.asked)
         self.seen: tuple[Path, int] | None = None  # which state that is, and when it was written
         self.ready: Current | None = None  # what answered last, where nothing has been learned since
 
@@ -69,7 +72,7 @@ class Learner:
             raise PerdureError(
                 f"{self.folder} has learned nothing yet. Begin with: perdure learn {self.folder} PICTURES"
             )
-        return self.made
+        return {**self.made, "settings": {**self.made["settings"], **self.here}}
 
     # ---- learning
 
@@ -178,8 +181,7 @@ class Learner:
 
     def kept(self) -> str:
         """What is kept of test pictures, and how much room the HOME takes, in words."""
-        size = sum(p.stat().st_size for p in self.folder.rglob("*") if p.is_file())
-        return f"{home.KEPT[self.config['home']['keep']]}; {size / 1e6:,.0f} MB in all"
+        return home.kept(self.folder, self.config["home"]["keep"])
 
     def undo(self, to: int | None = None) -> list[str]:
         """Take back the last task, or all after task number ``to`` (0: all). Nothing is deleted: their folders are renamed.
@@ -188,10 +190,8 @@ class Learner:
             there = home.numbered(self.folder)
             to = len(there) - 2 if to is None else to
             if not 0 <= to < len(there) - 1:
-                last = len(there) - 2
-                way = (
-                    f"Undo the last, or go back --to a number from 0 to {last}." if last >= 0 else "Nothing is to undo."
-                )
+                way = f"Undo the last, or go back --to a number from 0 to {len(there) - 2}."
+                way = way if len(there) > 1 else "Nothing is to undo."
                 raise PerdureError(f"{self.folder} has {len(there) - 1} states after the first. {way}")
             self.ready = None
             return [path.name.removeprefix(home.UNDONE) for path in home.set_back(self.folder, to)]
@@ -218,10 +218,7 @@ class Learner:
 
     def newest(self) -> Path:
         """Where the current state lies: another process may have learned since this one looked."""
-        there = home.numbered(self.folder) if self.config else []
-        if not there:
-            raise DamagedFile(f"{self.folder} holds nothing that was learned.")
-        return there[-1]
+        return home.numbered(self.folder)[-1] if self.config else self.folder
 
     def loaded(self) -> Current:
         """The state that answers: the one of the last answer, or read anew where something has been learned since."""
@@ -237,6 +234,7 @@ class Learner:
         or images in memory (N, 3, H, W), uint8 or float in 0 … 1."""
         now = self.loaded()
         with undisturbed():
+            torch.set_num_threads(Settings.recorded(self.config["settings"]).threads)
             return answered(now.method, now.learned, images, classes, topk)
 
     def export(self, out: str | Path) -> list[str]:

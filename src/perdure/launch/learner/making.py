@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from perdure.launch.configure import Warn, prepare
 from perdure.launch.folders import ELSEWHERE, plain, read_config
 from perdure.launch.learner.probe import described
 from perdure.launch.options import method_options
+from perdure.launch.runs import built
 from perdure.launch.sources import find_method
+from perdure.methods.base import Method
 
 METHOD = "ridge_patches"
 FOR_RUNS = ("tasks", "images", "shots", "class_order", "labels", "task_id")  # settings that a stream must be whole for
@@ -69,8 +71,6 @@ def check_same(folder: Path, config: Mapping[str, Any], asked: Asked) -> None:
         wrong.append(("seed", str(asked.seed), str(config["seed"])))
     if asked.probe and str(expanded(asked.probe).resolve()) != about["probe"].get("folder"):
         wrong.append(("probe", asked.probe, about["probe"].get("folder", about["probe"]["kind"])))
-    if asked.options and not asked.method:
-        asked = replace(asked, method=config["method"])
     for key, value in checked(asked).items():
         if key not in ELSEWHERE and plain(made[key]) != plain(value):
             wrong.append((key, str(value), str(made[key])))
@@ -88,6 +88,23 @@ def checked(asked: Asked) -> dict[str, Any]:
     entry = find_method(asked.method or METHOD)[0]
     known = {**{key: option for key, (_, option) in method_options(entry).items()}, **options(Settings)}
     return {key: value for key, value in resolve(known, asked.options).items() if key in asked.options}
+
+
+def elsewhere(asked: Asked) -> dict[str, Any]:
+    """Of the options that were given, those that say where and in what portions it is computed: they hold from case to case."""
+    chosen = ("device", "auto"), ("threads", 0)  # as when it was made
+    return {key: value for key, value in checked(asked).items() if key in ELSEWHERE and (key, value) not in chosen}
+
+
+def check_learner(method: Method, name: str) -> None:
+    """Refuse what learns nothing, and what must see all tasks at once."""
+    if not method.learns:
+        raise PerdureError(f"{name} learns nothing: there is nothing to teach it. Leave --method out, or name another.")
+    if method.scope == "stream":
+        raise PerdureError(
+            f"{name} learns all tasks at once, and a model in use is shown them one after another. Leave --method out, or name "
+            "another."
+        )
 
 
 def model_of(word: str) -> str:
@@ -112,6 +129,7 @@ def configured(folder: Path, stream: Stream, asked: Asked, warn: Warn) -> dict[s
         )
     values = {**asked.options, **({} if embedded else {"model": asked.model})}
     config = prepare(asked.method or METHOD, stream, asked.seed or 0, values, {}, None, warn)
+    check_learner(built(config), config["method"])
     source = {kind: about for kind, about in config.get("source", {}).items() if kind == "method"}
     return {
         **{key: value for key, value in config.items() if key not in ("source", "data_root")},

@@ -10,11 +10,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,7 @@ from perdure.engine.checkpoint import Saved, module_state, on_their_own
 from perdure.engine.home import Learned
 from perdure.engine.settings import load_clip
 from perdure.engine.summary import FORMAT
-from perdure.launch.export import check_modules
+from perdure.launch.export import check_free, check_modules, whole
 from perdure.launch.learner.card import model_card
 from perdure.launch.learner.learner import Learner
 from perdure.launch.learner.state import Current, bound
@@ -43,9 +40,9 @@ PRIVATE = ("marks", "paths", "labels")  # of a task's record: pictures and where
 def export_home(home: Learner, out: str | Path) -> list[str]:
     """Write the model in use to ``out``, whole or not at all; return what plain transformers will not have of it."""
     out = expanded(out)
+    check_free(out)
     with undisturbed():
         now = home.current()
-        check_free(out)
         check_modules(now.method, home.config["method"])
         now.method.clip.check_saveable()
         with whole(out) as beside:
@@ -105,30 +102,6 @@ def left_out(method: Method, experts: dict[str, str]) -> list[str]:
     said = ["the head that answers on top of it"] if method.finalizes() else []
     said += [f"its modules ({', '.join(method.modules())})"] if method.modules() else []
     return said + (["how its experts answer together"] if experts else [])
-
-
-def check_free(out: Path) -> None:
-    """Refuse a folder that is taken or cannot be written."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PerdureError(f"{out} exists. Choose a new folder.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(out.parent, os.W_OK):
-        raise PerdureError(f"{out.parent} cannot be written to. Choose another folder.")
-
-
-@contextmanager
-def whole(out: Path) -> Iterator[Path]:
-    """A folder to write, which becomes ``out`` when it is complete."""
-    beside = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        if out.exists():
-            out.rmdir()  # empty, as was checked
-        os.replace(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 # ---- and back

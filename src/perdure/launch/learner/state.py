@@ -9,6 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from perdure.benchmarks import mini
 from perdure.core.seeding import reseed
 from perdure.data.task import Context, Images, Probe, Stream, Task
@@ -72,6 +74,7 @@ class Current:
 
 def bound(folder: Path, config: Mapping[str, Any], tasks: Sequence[Task], watcher: Watcher) -> Method:
     """The method on the model it began with, before it is put where it was; it knows of ``tasks``."""
+    torch.set_num_threads(Settings.recorded(config["settings"]).threads)  # put back by ``undisturbed``
     clip = load_clip(config, str(mini.MODEL))
     reseed(config["seed"], "bind")
     method, heard = built(config), (watcher.draws, watcher.warn)
