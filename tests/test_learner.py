@@ -16,7 +16,7 @@ from perdure.benchmarks import mini
 from perdure.cli.results import read_metrics
 from perdure.core.state import only_one
 from perdure.engine import home
-from perdure.launch.learner.comparison import Row, refusal
+from perdure.launch.learner.comparison import Row, compared, refusal
 
 RIDGE: dict[str, Any] = {
     "method": "ridge",
@@ -374,3 +374,50 @@ def test_pictures_in_memory_and_odd_ones(learned: Path, drawings: Path, tmp_path
     for classes in (["cat"], ["cat", "Cat"], ["", "cat"]):
         with pytest.raises(PerdureError, match="two or more classes"):
             learner.predict(good, classes=classes)
+
+
+def test_where_it_is_computed_is_said_from_case_to_case(
+    learned: Path, drawings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    monkeypatch.setattr("perdure.launch.learner.learner.torch.set_num_threads", used.append)
+    mine = torch.get_num_threads()
+    learner = Learner(learned, threads=3, gradient_checkpointing=False, evaluation_batch=7)
+    learner.predict(drawings / "digits")
+    assert (
+        3 in used
+        and learner.config["settings"]["evaluation_batch"] == 7 == learner.loaded().method.clip.evaluation_batch
+    )
+    assert torch.get_num_threads() == mine and Learner(learned).config["settings"]["evaluation_batch"] == 256
+
+
+def test_who_learns_nothing_or_all_at_once_is_refused(tmp_path: Path, drawings: Path) -> None:
+    for method, said in (("zero_shot", "learns nothing"), ("joint", "learns all tasks at once")):
+        with pytest.raises(PerdureError, match=said):
+            Learner(tmp_path / "HOME", method=method).learn(drawings / "digits")
+    assert not (tmp_path / "HOME").exists()
+
+
+def test_images_that_are_gone_are_asked_for_in_vain(tmp_path: Path, drawings: Path) -> None:
+    values = {
+        "features": 32,
+        "choose": "fixed",
+        "lam": 0.1,
+        "temperature": 8,
+        "weight": 0.5,
+        "on": "drifting",
+        "reencode": True,
+    }
+    learner = opened(tmp_path / "HOME", drawings, method="ridge", **values)
+    learner.learn(drawings / "animals")
+    with pytest.raises(PerdureError, match="images of animals are not at hand"):
+        learner.learn(drawings / "digits")
+    now = learner.current()
+    with pytest.raises(PerdureError, match="training images of animals, which are not at hand"):
+        now.method.context.images("animals", torch.tensor([0]))
+
+
+def test_a_probe_that_has_changed_is_not_compared() -> None:
+    before, after = {"probe": torch.ones(4, dtype=torch.uint8)}, {"probe": torch.ones(5, dtype=torch.uint8)}
+    (row,) = compared(["probe"], before, after, {})
+    assert row.after == 100 and row.images == 5 and row.before is None and row.change is None
