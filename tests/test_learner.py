@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import perdure
-from perdure import Learner, PerdureError
+from perdure import Learner, PerdureError, Pictures
 from perdure.benchmarks import mini
 from perdure.cli.results import read_metrics
 from perdure.core.state import only_one
@@ -421,3 +421,15 @@ def test_a_probe_that_has_changed_is_not_compared() -> None:
     before, after = {"probe": torch.ones(4, dtype=torch.uint8)}, {"probe": torch.ones(5, dtype=torch.uint8)}
     (row,) = compared(["probe"], before, after, {})
     assert row.after == 100 and row.images == 5 and row.before is None and row.change is None
+
+
+def test_a_table_is_learned_as_a_folder_is(tmp_path: Path, drawings: Path) -> None:
+    rows = [(p, p.parent.name) for p in sorted((drawings / "digits").rglob("*.png"))]
+    (tmp_path / "shown.csv").write_text("\n".join(["picture,what", *(f"{p},{label}" for p, label in rows)]))
+    given = Pictures(str(tmp_path / "shown.csv"), image_key="picture", label_key="what")
+    (outcome,) = opened(tmp_path / "HOME", drawings).learn(given, name="numbers")
+    (folder,) = opened(tmp_path / "other", drawings).learn(drawings / "digits")
+    assert outcome.task == "numbers" and outcome.accepted
+    assert [row.after for row in outcome.rows] == [row.after for row in folder.rows]
+    with pytest.raises(PerdureError, match="There is no file"):
+        Learner(tmp_path / "HOME").learn(tmp_path / "gone.csv")

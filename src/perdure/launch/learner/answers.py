@@ -21,13 +21,13 @@ from perdure.methods.base import Expert, Method
 from perdure.models.clip import CLIP
 
 Answer = dict[str, Any]  # path, label, score, task, expert, weight; top: more labels; error: why there is no answer
-Pictures = str | Path | Sequence[str | Path | InMemory] | Tensor
+Shown = str | Path | Sequence[str | Path | InMemory] | Tensor
 BATCH = 256
 TEMPLATES = ("a photo of a {}.",)
 
 
 def answered(
-    method: Method, learned: Sequence[Learned], images: Pictures, classes: Sequence[str] | None, topk: int
+    method: Method, learned: Sequence[Learned], images: Shown, classes: Sequence[str] | None, topk: int
 ) -> list[Answer]:
     """A row a picture, in the order given: ``path``, ``label``, ``score`` (its probability among the classes asked for),
     ``task`` (that taught the class; None: none did), ``expert`` (whose say was largest) and its ``weight``. A picture that
@@ -96,7 +96,7 @@ def competing(learned: Sequence[Learned], words: Sequence[str] | None) -> tuple[
     return tuple(by_name.get(word.lower(), Class(word, known[0].templates if known else TEMPLATES)) for word in wanted)
 
 
-def batches(images: Pictures, clip: CLIP) -> Iterator[tuple[list[str], Tensor, list[str]]]:
+def batches(images: Shown, clip: CLIP) -> Iterator[tuple[list[str], Tensor, list[str]]]:
     """Pictures in batches: their names, those that can be read (n, 3, H, W), and what is wrong with each, or nothing."""
     if isinstance(images, Tensor):
         if not are_pixels(images):

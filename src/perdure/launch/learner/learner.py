@@ -10,33 +10,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from perdure.benchmarks import mini
+from perdure.benchmarks.own.pictures import Pictures
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError, unknown
 from perdure.core.paths import expanded
-from perdure.core.state import only_one, write_json
-from perdure.data.task import Context, Stream, Task
+from perdure.core.state import only_one
+from perdure.data.task import Stream, Task
 from perdure.engine import home
-from perdure.engine.checkpoint import folder_name, free_name, read_task, save_task
-from perdure.engine.home import Keep, Measured
-from perdure.engine.run import identity
-from perdure.engine.settings import Settings, load_clip
+from perdure.engine.checkpoint import folder_name, free_name, read_task
+from perdure.engine.home import Keep
+from perdure.engine.settings import Settings
 from perdure.engine.watcher import Watcher
-from perdure.launch.learner.answers import Answer, Pictures, answered
+from perdure.launch.learner.answers import Answer, Shown, answered
 from perdure.launch.learner.comparison import Outcome, Outcomes, Row, compared, refusal
 from perdure.launch.learner.making import Asked, check_same, configured, elsewhere, read_home
 from perdure.launch.learner.pictures import check_unchanged, pictures_of, planned, prepared
-from perdure.launch.learner.probe import keep_probe, probe_of
-from perdure.launch.learner.state import Current, bound, check_task, noted
-from perdure.methods.base import Method
+from perdure.launch.learner.probe import probe_of
+from perdure.launch.learner.state import Current, begin, bound, check_task, noted, write_state
 
 
 class Learner:
@@ -74,12 +71,23 @@ class Learner:
             )
         return {**self.made, "settings": {**self.made["settings"], **self.here}}
 
+    def there(self) -> Path:
+        """The folder. ``PerdureError`` where it has learned nothing yet."""
+        _ = self.config
+        return self.folder
+
     # ---- learning
 
     def learn(
-        self, pictures: str | Path | Stream, *, name: str = "", max_loss: float | None = None, dry_run: bool = False
+        self,
+        pictures: str | Path | Pictures | Stream,
+        *,
+        name: str = "",
+        max_loss: float | None = None,
+        dry_run: bool = False,
     ) -> Outcomes:
-        """Learn the pictures of a folder (``CLASS/*``: one task; ``TASK/CLASS/*``: one after another) or a ``Stream``.
+        """Learn the pictures of a folder (``CLASS/*``: one task; ``TASK/CLASS/*``: one after another), or of whatever else
+        ``perdure run --stream`` takes.
 
         A result that costs an earlier task or the probe more than ``max_loss`` points is refused: the state before stays
         current, and the new one lies beside it. None: more than 2 points, and more than chance takes. What was learned
@@ -92,28 +100,14 @@ class Learner:
                 return planned(stream, home.course(self.folder, tensors=False)[1] if self.made else [])
             self.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.folder):
-                self.begin(config)
+                begin(self.folder, config, self.watcher)
+                self.made = read_home(self.folder)
                 out: list[Outcome] = []
                 for task in stream.tasks:
                     out.append(self.learn_one(task, max_loss, lambda: check_unchanged(make, stream)))
                     if not out[-1].accepted:
                         break
                 return Outcomes(out)
-
-    def begin(self, config: dict[str, Any]) -> None:
-        """Make the HOME, or what a stop has left undone of it: its configuration, the probe's pictures, row 0."""
-        path = self.folder / "config.json"
-        if path.exists() and any(self.folder.glob("task_00_*")):
-            return
-        method = bound(self.folder, config, [], self.watcher)
-        if not path.exists():
-            keep_probe(self.folder, config, method.clip)
-            write_json(path, config)
-        self.made = read_home(self.folder)
-        born, start = Method(), time.perf_counter()
-        born.join(load_clip(config, str(mini.MODEL)), Context())
-        found = home.measure(born, [], {}, probe_of(self.folder, config, method.clip))
-        self.save(folder_name(0, "before"), Current(method, [], [], None), found, noted("before", 0, (start, start)))
 
     def current(self, new: Task | None = None) -> Current:
         """What the HOME holds now, read and checked; ``new``: a task that is about to be learned."""
@@ -148,22 +142,10 @@ class Learner:
         more = {"losses": losses, "phases": teacher.phases, "remarks": now.method.remarks(), "about": {**about, **kept}}
         place = folder_name(number, task.name)
         place = free_name(self.folder / f"{home.REFUSED}{place}").name if refused else place
-        self.save(
-            place, now, after, noted(task.name, number, (start, learned)) | more | {"refused": refused}, rows, files
-        )
-        return Outcome(task.name, tuple(rows), self.folder / place, refused, notes=tuple(said))
-
-    def save(
-        self, place: str, now: Current, after: Measured, record: dict[str, Any], rows: Sequence[Row] = (),
-        files: Mapping[str, dict[str, Tensor]] | None = None,
-    ) -> None:  # fmt: skip
-        """Write a state, whole or not at all."""
-        record |= {"config": identity(self.config), "rows": [row.as_json() for row in rows]}
-        kept = now.last.record["files"] if now.states else {}
-        save_task(
-            self.folder, place, now.method, after.own, record, kept, {"hits_of_all": after.of_all, **(files or {})}
-        )
+        record = noted(task.name, number, (start, learned)) | more | {"refused": refused}
+        write_state(self.folder / place, self.config, now, after, record, rows, files)
         self.ready = None
+        return Outcome(task.name, tuple(rows), self.folder / place, refused, notes=tuple(said))
 
     # ---- looking back
 
@@ -177,7 +159,7 @@ class Learner:
     def history(self) -> list[dict[str, Any]]:
         """What was learned, in order, and what was refused or undone: records as ``state.json`` keeps them, with ``state``
         (current, forgotten, refused or undone) and ``folder``."""
-        return home.history(self.folder) if self.config else []
+        return home.history(self.there())
 
     def kept(self) -> str:
         """What is kept of test pictures, and how much room the HOME takes, in words."""
@@ -186,7 +168,7 @@ class Learner:
     def undo(self, to: int | None = None) -> list[str]:
         """Take back the last task, or all after task number ``to`` (0: all). Nothing is deleted: their folders are renamed.
         Returns the names of the tasks taken back, the last one first."""
-        with only_one(self.folder) if self.config else undisturbed():
+        with only_one(self.there()):
             there = home.numbered(self.folder)
             to = len(there) - 2 if to is None else to
             if not 0 <= to < len(there) - 1:
@@ -200,7 +182,7 @@ class Learner:
         """Unlearn one task, as if it had never been learned, where the method can: the sums of a closed-form head less the
         task's, ConDU's experts without the task's. It is a new state, which ``undo`` takes back: the states before it, which
         still know the task, stay in the folder. Returns what became of the others."""
-        with undisturbed(), only_one(self.folder) if self.config else undisturbed():
+        with undisturbed(), only_one(self.there()):
             now, start = self.current(), time.perf_counter()
             place = {one.name: now.states.index(one.saved) for one in now.learned}
             if name not in place:
@@ -211,14 +193,15 @@ class Learner:
             after, number = rest.measure(), len(now.states)
             rows = compared([*(t.name for t in rest.tasks), "probe"], now.hits(), after.own, after.of_all)
             record = noted(f"without {name}", number, (start, time.perf_counter())) | {"forgot": name}
-            self.save(folder_name(number, f"without-{name}"), rest, after, record, rows)
+            write_state(self.folder / folder_name(number, f"without-{name}"), self.config, rest, after, record, rows)
+            self.ready = None
             return rows
 
     # ---- answering, and others
 
     def newest(self) -> Path:
         """Where the current state lies: another process may have learned since this one looked."""
-        return home.numbered(self.folder)[-1] if self.config else self.folder
+        return home.numbered(self.there())[-1]
 
     def loaded(self) -> Current:
         """The state that answers: the one of the last answer, or read anew where something has been learned since."""
@@ -229,7 +212,7 @@ class Learner:
                 self.ready, self.seen = self.current(), mark
         return self.ready
 
-    def predict(self, images: Pictures, *, classes: Sequence[str] | None = None, topk: int = 1) -> list[Answer]:
+    def predict(self, images: Shown, *, classes: Sequence[str] | None = None, topk: int = 1) -> list[Answer]:
         """What each picture shows: of ``classes``, or of all that was learned. ``images``: a path, a folder, a list of paths,
         or images in memory (N, 3, H, W), uint8 or float in 0 … 1."""
         now = self.loaded()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from perdure.benchmarks.folder import load_folder
+from perdure.benchmarks.own.pictures import Pictures
 from perdure.core.errors import PerdureError
-from perdure.core.paths import expanded
 from perdure.core.state import digest
 from perdure.data.files import Files
 from perdure.data.places import mark
@@ -22,18 +23,17 @@ from perdure.launch.learner.comparison import Outcome, Outcomes
 from perdure.launch.sources import find_stream
 
 
-def pictures_of(what: str | Path | Stream, name: str) -> tuple[Callable[[], Stream], Stream]:
-    """How the pictures that somebody means are read, and the stream they make."""
-    if isinstance(what, Stream):
-        make: Callable[[], Stream] = lambda: named(what, name)  # noqa: E731
-    elif expanded(what).is_dir():
-        base = expanded(what).resolve()
-        make = lambda: load_folder(base, name)  # noqa: E731
+def pictures_of(what: str | Path | Pictures | Stream, name: str) -> tuple[Callable[[], Stream], Stream]:
+    """How the pictures that somebody means are read, and the stream they make. A folder is a folder, whatever stream bears its
+    name; ``name``: of the one task, in the place of its own."""
+    given = Pictures(str(what)) if isinstance(what, str | Path) else what
+    if isinstance(given, Pictures) and given.kind == "folder":  # which may be called what no task can be
+        make: Callable[[], Stream] = partial(load_folder, given.settled().path, name)
     else:
-        if any(mark in str(what) for mark in "/\\.") and not expanded(what).exists():
+        if isinstance(given, Pictures) and not given.kind and any(mark in given.where for mark in "/\\."):
             raise PerdureError(f"There is no {what}. Give a folder of pictures: CLASS/*, or TASK/CLASS/*.")
-        found = find_stream(str(what))[0]
-        make = lambda: named(found(), name)  # noqa: E731
+        find = find_stream(given.where if isinstance(given, Pictures) and not given.kind else given)[0]
+        make = lambda: named(find(), name)  # noqa: E731
     return make, make()
 
 

@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from perdure.benchmarks import mini
 from perdure.core.seeding import reseed
+from perdure.core.state import write_json
 from perdure.data.task import Context, Images, Probe, Stream, Task
-from perdure.engine.checkpoint import Saved
+from perdure.engine.checkpoint import Saved, folder_name, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.home import Hits, Learned, Measured, measure
+from perdure.engine.run import identity
 from perdure.engine.settings import Settings, load_clip
 from perdure.engine.teach import Teacher
 from perdure.engine.watcher import Watcher
+from perdure.launch.learner.comparison import Row
+from perdure.launch.learner.probe import keep_probe, probe_of
 from perdure.launch.runs import built
 from perdure.methods.base import Method
 
@@ -81,6 +86,33 @@ def bound(folder: Path, config: Mapping[str, Any], tasks: Sequence[Task], watche
     offered = str(mini.GENERATOR), mini.vocabulary(), *heard, tuple(tasks), "seen"
     method.bind(clip, Context(config["seed"], folder, config["stream"], *offered))
     return method
+
+
+def begin(folder: Path, config: dict[str, Any], watcher: Watcher) -> None:
+    """Make a HOME, or what a stop has left undone of it: its configuration, the probe's pictures, row 0."""
+    path = folder / "config.json"
+    if path.exists() and any(folder.glob("task_00_*")):
+        return
+    method = bound(folder, config, [], watcher)
+    if not path.exists():
+        keep_probe(folder, config, method.clip)
+        write_json(path, config)
+    born, start = Method(), time.perf_counter()
+    born.join(load_clip(config, str(mini.MODEL)), Context())
+    found = measure(born, [], {}, probe_of(folder, config, method.clip))
+    row0, now = noted("before", 0, (start, start)), Current(method, [], [], None)
+    write_state(folder / folder_name(0, "before"), config, now, found, row0)
+
+
+def write_state(
+    place: Path, config: Mapping[str, Any], now: Current, after: Measured, record: dict[str, Any], rows: Sequence[Row] = (),
+    files: Mapping[str, dict[str, Tensor]] | None = None,
+) -> None:  # fmt: skip
+    """Write a state, whole or not at all. ``files``: more tensors, by the names of their files."""
+    record |= {"config": identity(config), "rows": [row.as_json() for row in rows]}
+    kept = now.last.record["files"] if now.states else {}
+    more = {"hits_of_all": after.of_all, **(files or {})}
+    save_task(place.parent, place.name, now.method, after.own, record, kept, more)
 
 
 def noted(name: str, number: int, times: tuple[float, float]) -> dict[str, Any]:
