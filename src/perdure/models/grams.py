@@ -41,7 +41,7 @@ def grams(
     read = {name: layer for name, layer in shared.items() if name not in seen}
     if read:
         ids, counted = padded(clip, tokens) if averaged else (tokens, up_to_end(clip, tokens))
-        for index in torch.arange(len(ids)).split(256):
+        for index in torch.arange(len(ids)).split(clip.evaluation_batch):
             places = counted[index]
             with heard(read, lambda name, x, places=places: add(name, square(x[places]))):  # type: ignore[misc]
                 clip.encode_tokens(ids[index])

@@ -111,7 +111,9 @@ class Distiller:
                 self.taught = Taught(self.clip, pixels, index)
             if not stays or ids is not self.ids:
                 self.ids = ids
-                self.texts = torch.cat([self.clip.encode_tokens(some) for some in ids.split(256)])
+                self.texts = torch.cat(
+                    [self.clip.encode_tokens(some) for some in ids.split(self.clip.evaluation_batch)]
+                )
         self.plan = iter(plan)
 
     @contextlib.contextmanager

@@ -94,7 +94,7 @@ class Selector:
         if self.config.selector_features == "alexnet" or self.kept.standard:
             return
         moments = torch.zeros((), dtype=torch.float64, device=self.clip.device)
-        for part in pixels.split(256):
+        for part in pixels.split(self.clip.evaluation_batch):
             x = self.extract(part).double()
             moments = moments + torch.stack([x.sum(0), x.square().sum(0)]) / len(pixels)
         mean, spread = moments[0], (moments[1] - moments[0].square()).clamp_min(0).sqrt().clamp_min(1e-6)
@@ -138,7 +138,7 @@ class Selector:
         """Images without end; where features are kept, those."""
         draws = self.draws(name, "order")
         if kept:
-            f = torch.cat([self.features(part) for part in pixels.split(256)])
+            f = torch.cat([self.features(part) for part in pixels.split(self.clip.evaluation_batch)])
             for index in batches(len(f), plan.batch_size, draws):
                 yield Batch(f[index], torch.zeros_like(index), features=True)
         nothing = Images(pixels, torch.zeros(len(pixels), dtype=torch.int64))
@@ -154,7 +154,7 @@ class Selector:
         """(N, 1 + T): the loss of each image under A₀ (infinite where there is none) and each task's autoencoder."""
         numbers = range(max(self.autoencoders) + 1)
         parts = []
-        for part in pixels.split(256):
+        for part in pixels.split(self.clip.evaluation_batch):
             f = self.features(part)
             none = f.new_full((len(f),), torch.inf)
             with torch.autocast(f.device.type, enabled=False):
