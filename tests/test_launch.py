@@ -385,7 +385,7 @@ def test_an_export_is_whole_or_absent(short_run: Run, tmp_path: Path, monkeypatc
     folder = short_run("mg_clip", "mini-cil", epochs=1, iterations=0, warmup=0, tasks=2)["folder"]
 
     def full(self: CLIP, place: Path) -> None:
-        place.mkdir()
+        place.mkdir(exist_ok=True)
         (place / "half").write_text("x")
         raise OSError(28, "No space left on device")
 
