@@ -2,9 +2,9 @@
 
     python bench/learner.py [--pictures 1000] [--method ridge_patches] [--repeats 5]
 
-The pictures are the small world's, as PNGs. ``learn`` and ``predict`` of one picture run as commands, in processes of their own;
-from the latter's time that of a process is taken which does nothing but import the same modules. The bare loop decodes a batch in
-a pool of threads, shows it to the tower, and puts the head on top, with nothing read ahead, named, or written.
+The pictures are the small world's, as PNGs. ``learn`` and ``predict`` of one picture run as commands, in processes of their own.
+From the latter's time that of a process is taken which does nothing but import the same modules. The bare loop decodes a batch
+in a pool of threads, shows it to the tower, and puts the head on top, with nothing read ahead, named, or written.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def bare(learner: Learner, paths: list[Path]) -> Callable[[], None]:
     def loop() -> None:
         with ThreadPoolExecutor() as pool, torch.no_grad():
             for start in range(0, len(paths), BATCH):
-                pixels = torch.from_numpy(np.stack(list(pool.map(read, paths[start : start + BATCH])))).permute(0, 3, 1, 2)
+                pixels = torch.from_numpy(np.stack(list(pool.map(read, paths[start : start + BATCH])))).permute(
+                    0, 3, 1, 2
+                )
                 query = Query(pixels, classes, features=ready.method.look(pixels))
                 ready.method.finalize(query, ready.method.logits(query))
 
@@ -116,7 +118,9 @@ def main() -> None:
         pairs = [(seconds(lambda: learner.predict(paths)), seconds(loop)) for _ in range(asked.repeats + 1)][1:]
         share = statistics.median(plain / own for own, plain in pairs)
         own = statistics.median(own for own, _ in pairs)
-        print(f"Learner.predict, {len(paths)} pictures: {len(paths) / own:.0f} a second, {100 * share:.0f} % of a bare loop")
+        print(
+            f"Learner.predict, {len(paths)} pictures: {len(paths) / own:.0f} a second, {100 * share:.0f} % of a bare loop"
+        )
 
 
 if __name__ == "__main__":
