@@ -2,7 +2,7 @@
 
     python bench/learner.py [--pictures 1000] [--method ridge_patches] [--repeats 5]
 
-The pictures are the small world's, as PNGs. ``learn`` and ``predict`` of one picture run as commands, each a process of its own.
+The pictures are the small world's. ``learn`` and ``predict`` of one picture run as commands, each a process of its own.
 From the latter's time that of a process is taken which does nothing but import the same modules. The bare loop decodes a batch
 in a pool of threads, shows it to the tower, and puts the head on top, with nothing read ahead, named, or written.
 """
