@@ -26,14 +26,14 @@ from perdure.core.packing import Packed, kinds, pack, unpack
 from perdure.core.registry import Registry, Row
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
-from perdure.methods.answering import Answering, Expert
+from perdure.methods.answering import Answering, Expert, Reason
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification, pairwise
 from perdure.training.fit import Backward, Learner, Losses, Stepper, optimise
 from perdure.training.recipe import Recipe, Training
 from perdure.training.schedule import Schedule
 
-__all__ = ["METHODS", "Expert", "Method", "Recipe", "Row", "State", "Trainer", "Training", "register"]
+__all__ = ["METHODS", "Expert", "Method", "Reason", "Recipe", "Row", "State", "Trainer", "Training", "register"]
 Trainer = Callable[[Stepper, Schedule, Iterator[Batch], str], Losses]
 
 
