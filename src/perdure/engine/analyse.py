@@ -62,7 +62,8 @@ def cosines(method: Method, queries: Sequence[Query]) -> list[Tensor]:
             for expert in method.experts(query):
                 gates += torch.as_tensor(expert.gate, dtype=torch.float32).cpu()
                 method.add(expert, query, total, looked)
-            out.append(total / gates.clamp_min(1e-12).unsqueeze(1).to(total.device) / clip.scale)
+            total /= gates.clamp_min(1e-12).unsqueeze(1).to(total.device)
+            out.append((total if clip.bias is None else total - clip.bias) / clip.scale)
     return out
 
 

@@ -44,21 +44,12 @@ def analyse(
                 f"{folder} has no finished task yet, so there is nothing to compare. Go on: perdure resume {folder}"
             )
         torch.set_num_threads(settings.threads)
-        clip = load_clip(config, data.model)
-        data = data.at(*clip.view)
-        protocol = Protocol(settings.labels, settings.task_id)  # type: ignore[arg-type]
-        start, stages, tau = block_features(clip, data), [], 1 / clip.scale.item()
-        for number, place in enumerate(done):
-            if on_stage:
-                on_stage(place.name)
-            now = stage(config, data, place if number else None, method)
-            seen = len(data.tasks) if now.scope == "stream" and number else number
-            parts = asked(data, protocol, seen, images)
-            stages.append({"task": place.name, **measured(now, data, parts, seen, start, images)})
+        again = Again(config, data, method)
+        stages = [again.stage(k, place, images, on_stage or str) for k, place in enumerate(done)]
         names = [task.name for task in data.tasks]
         found = {
             "format": 1, "method": config["method"], "stream": config["stream"], "seed": config["seed"], "tasks": names,
-            "images": images, "tau": tau, "stages": stages, "experts": agreement(now, parts, seen),
+            "images": images, "tau": 1 / again.clip.scale.item(), "stages": stages, "experts": again.agreement(),
             **(early_warning(stages, names) if first.scope == "task" else {}),
         }  # fmt: skip
         with only_one(folder):
@@ -66,14 +57,38 @@ def analyse(
         return found
 
 
-def stage(config: dict[str, Any], data: Stream, place: Path | None, kind: str | type[Method] | None) -> Method:
-    """The method as it was when it wrote ``place``; None: the model before any."""
-    clip = load_clip(config, data.model)
-    method = built(config, kind) if place else Method()
-    if place is None:
-        method.join(clip, Context())
+class Again:
+    """A run's model put together again, stage by stage. ``kind``: its method, where that was handed over as an object."""
+
+    def __init__(self, config: dict[str, Any], data: Stream, kind: str | type[Method] | None):
+        self.config, self.kind = config, kind
+        settings = Settings.recorded(config["settings"])
+        self.clip = load_clip(config, data.model)
+        self.data = data.at(*self.clip.view)
+        self.protocol = Protocol(settings.labels, settings.task_id)  # type: ignore[arg-type]
+        self.start = block_features(self.clip, self.data)
+
+    def method(self, place: Path | None) -> Method:
+        """As it was when it wrote ``place``; None: the model before any task."""
+        clip = load_clip(self.config, self.data.model)
+        clip.pretrained = self.clip.pretrained  # read once, whatever the number of stages
+        method = built(self.config, self.kind) if place else Method()
+        if place is None:
+            method.join(clip, Context())
+            return method
+        reseed(self.config["seed"], "bind")
+        method.bind(clip, self.data.context(self.config["seed"]))
+        read_task(place, tensors=True).restore(method)
         return method
-    reseed(config["seed"], "bind")
-    method.bind(clip, data.context(config["seed"]))
-    read_task(place, tensors=True).restore(method)
-    return method
+
+    def stage(self, number: int, place: Path, images: int, say: Callable[[str], object]) -> dict[str, Any]:
+        """The stage that lies in ``place``, in figures."""
+        say(place.name)
+        self.now = self.method(place if number else None)
+        self.seen = len(self.data.tasks) if self.now.scope == "stream" and number else number
+        self.parts = asked(self.data, self.protocol, self.seen, images)
+        return {"task": place.name, **measured(self.now, self.data, self.parts, self.seen, self.start, images)}
+
+    def agreement(self) -> dict[str, Any]:
+        """Which experts agree, at the stage that was looked at last."""
+        return agreement(self.now, self.parts, self.seen)
