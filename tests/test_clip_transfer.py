@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import known
 from gift_step import Given
 from test_gains import two_tasks
 from test_gift import some_pairs
@@ -18,15 +16,19 @@ from typer.testing import CliRunner
 
 import perdure
 from perdure import launch
+from perdure.benchmarks import mini
 from perdure.cli import app
 from perdure.cli.results import read_metrics
 from perdure.core.errors import PerdureError
 from perdure.data.task import Batch, Stream, Task
+from perdure.engine.analyse import asked, margins, of_pairs
+from perdure.engine.evaluate import Protocol
 from perdure.launch.analysing import analyse
 from perdure.methods.condu import ConDU
 from perdure.methods.finetune import FineTune
 from perdure.methods.gift import GIFT
 from perdure.methods.icarl import ICaRL
+from perdure.methods.ncm import NearestClassMean
 from perdure.methods.zscl import ZSCL
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification, contrastive, positive_pull
@@ -63,7 +65,9 @@ def test_images_without_captions_are_refused_before_the_work(tmp_path: Path, cli
         launch.configure("slca", "mini-mtil", 0, {"loss": "contrastive"}, {})  # its heads know no texts
 
 
-@pytest.mark.parametrize("kind", [FineTune, ConDU, ZSCL, ICaRL])
+@pytest.mark.parametrize(
+    "kind", [FineTune, ConDU, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (ZSCL, ICaRL))]
+)
 def test_captions_are_learned_by_every_learner(kind: Any, clip: CLIP, stream: Stream) -> None:
     """The first step's loss is that of the images and captions of the batch, whoever learns."""
     few = with_captions(stream.shortened(1, 12))
@@ -117,29 +121,23 @@ def test_gift_pulls_its_pairs_together_too(clip: CLIP, stream: Stream) -> None:
 
 
 @pytest.mark.slow
-def test_a_pull_brings_images_to_their_texts(tmp_path: Path) -> None:
-    """And the margins follow the course of learning: a task's rises when it is learned, and falls when the next is."""
-    brief: dict[str, Any] = {
-        "images": 48,
-        "iterations": 20,
-        "warmup": 2,
-        "lr": 3e-4,
-        "batch_size": 24,
-        "precision": "fp32",
-    }
-    stages = {}
+def test_a_pull_brings_images_to_their_texts_and_margins_follow_learning() -> None:
+    """A task's margin rises when it is learned, and falls when the next is."""
+    found = {}
     for pull in (0.0, 4.0):
-        perdure.run("finetune", two_tasks(), tmp_path / str(pull), positive_pull=pull, **brief)
-        stages[pull] = analysed(tmp_path / str(pull))["stages"]
-    digits = [[stage["margins"]["digits"][key] for stage in stages[0.0]] for key in ("median", "right")]
-    assert digits[0][1] > digits[0][0] and digits[0][2] < digits[0][1] and digits[1][1] > digits[1][0] + 0.1
-    assert all(stages[4.0][k]["margins"][n]["distance"] < stages[0.0][k]["margins"][n]["distance"] - 0.05
-               for k, n in ((1, "digits"), (2, "letters")))  # fmt: skip
-
-
-def analysed(folder: Path) -> dict[str, Any]:
-    """``analyse`` of a run of an object, which only its configuration knows again."""
-    return analyse(folder, stream=two_tasks())
+        data, clip = two_tasks().shortened(2, 48), CLIP.load(str(mini.MODEL))
+        method = FineTune(positive_pull=pull, iterations=20, warmup=2, lr=3e-4, batch_size=24)
+        method.bind(clip)
+        parts = asked(replace(data, probe=None), Protocol("task", "known"), 2, 48)[:1]
+        found[pull] = [margins(method, parts)["digits"]]
+        for task in data.tasks:
+            method.begin_task(task)
+            fit(method, task, torch.Generator().manual_seed(0), clip.size, clip.device)
+            clip.trained(task.name)
+            found[pull].append(margins(method, parts)["digits"])
+    before, learned, after = (figures["median"] for figures in found[0.0])
+    assert learned > before and after < learned and found[0.0][1]["right"] > found[0.0][0]["right"] + 0.1
+    assert found[4.0][1]["distance"] < found[0.0][1]["distance"] - 0.05
 
 
 # ---- figures
@@ -160,62 +158,67 @@ def test_margins_of_one_class_and_correlations_of_nothing() -> None:
     assert correlation([1, 2], [2, 4]) is None and correlation([1, 1, 1], [2, 4, 7]) is None
 
 
+def test_pairs_of_captioned_images_and_texts_under_a_head(clip: CLIP, stream: Stream) -> None:
+    data = with_captions(stream.shortened(2, 8))
+    found = of_pairs(clip, data.tasks[1], 6)
+    assert found is not None and sum(found["histogram"]) == 30 and of_pairs(clip, stream.tasks[1], 6) is None
+    method = NearestClassMean()
+    method.bind(clip)
+    parts = asked(replace(data, probe=None), Protocol("task", "known"), 0, 4)
+    before = margins(method, parts)
+    method.calibrate(data.tasks[0])
+    assert margins(method, parts) == before  # the texts' own say, whatever a head answers
+    assert [len(part.labels) for part in parts] == [4, 4] and 0 < before["digits"]["distance"] < 2
+
+
 # ---- a run
 
 
-def test_a_run_is_looked_at_stage_by_stage(short_run: Run) -> None:
+@pytest.mark.slow
+def test_a_run_is_looked_at_stage_by_stage_and_its_report_shows_it(short_run: Run) -> None:
     metrics = short_run("finetune")
-    found = analyse(metrics["folder"])
-    assert [stage["task"] for stage in found["stages"]] == [p.name for p in sorted(metrics["folder"].glob("task_*"))]
-    for stage, row, probe, gap in zip(
-        found["stages"], metrics["accuracy"], metrics["probe"], metrics["gap"], strict=True
-    ):
+    folder = metrics["folder"]
+    assert "Margins and drift" not in html.render([read_metrics(folder)])
+    told = CliRunner().invoke(app, ["analyse", str(folder)])
+    assert told.exit_code == 0 and "least CKA" in told.stdout and "same answer" in told.stdout
+    run = read_metrics(folder)
+    found = run["analysis"]
+    assert [stage["task"] for stage in found["stages"]] == [p.name for p in sorted(folder.glob("task_*"))]
+    rows = metrics["accuracy"], metrics["probe"], metrics["gap"]
+    for stage, row, probe, gap in zip(found["stages"], *rows, strict=True):
         right = [100 * stage["margins"][name]["right"] for name in (*metrics["tasks"], "probe")]
-        assert right == pytest.approx([*row, probe], abs=0.01)
-        assert stage["gap"] == pytest.approx(gap, rel=1e-5)
-        assert all(sum(m["histogram"]) == 16 for n, m in stage["margins"].items() if n != "probe")
+        assert right == pytest.approx([*row, probe], abs=0.01) and stage["gap"] == pytest.approx(gap, rel=1e-5)
+        assert all(sum(figures["histogram"]) == 16 for figures in stage["margins"].values())
     first, last = found["stages"][0], found["stages"][-1]
     assert set(first["weights"].values()) == {0.0} and min(first["cka"].values()) == pytest.approx(1)
     assert min(last["weights"][f"{tower} {k}"] for tower in ("image", "text") for k in (1, 2)) > 0
     assert all(0 < value <= 1 + 1e-9 for value in last["cka"].values()) and min(last["cka"].values()) < 0.9999
     assert found["experts"]["names"] == ["pretrained", "last"] and found["experts"]["same"][0][0] == 1
     assert set(found["fell"]) == set(metrics["tasks"][:-1])
-    assert json.loads((metrics["folder"] / "analysis.json").read_text()) == json.loads(json.dumps(found))
+    page = html.render([run])
+    assert "Margins and drift" in page and page.count("Class margins of") == len(run["tasks"]) + 1
+    assert f">{last['margins']['digits']['median']:.3f}</td>" in page
+    assert analysis.of({**run, "seed": 5}) == {} == analysis.of({**run, "analysis": None})
+    launch.begin("zero_shot", "mini-mtil", folder, overwrite=True, assignments={"tasks": 1, "images": 8})
+    assert not (folder / "analysis.json").exists()  # it was of another run
 
 
-def test_an_expert_a_task_and_who_agrees(short_run: Run) -> None:
-    metrics = short_run("individual")
-    found = analyse(metrics["folder"], images=8)
+@pytest.mark.slow
+def test_an_expert_a_task_and_who_agrees(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "images": 8,
+        "iterations": 3,
+        "warmup": 0,
+        "lr": 1e-3,
+        "batch_size": 8,
+        "precision": "fp32",
+    }
+    perdure.run("individual", two_tasks(), tmp_path / "run", **values)
+    found = analyse(tmp_path / "run", images=8, stream=two_tasks())
     names, same = found["experts"]["names"], torch.tensor(found["experts"]["same"])
-    assert names == ["pretrained", *(f"expert {name}" for name in metrics["tasks"])]
+    assert names == ["pretrained", "expert digits", "expert letters"]
     assert torch.equal(same, same.T) and same.diagonal().eq(1).all() and same.min() < 1
     assert max(found["stages"][-1]["weights"].values()) > 0  # of the newest expert
-
-
-def test_pairs_of_captioned_images_and_a_head_s_texts(tmp_path: Path, stream: Stream) -> None:
-    data = with_captions(stream.shortened(2, 8))
-    values = known("ridge", {"features": 16, "precision": "fp32"})
-    metrics = perdure.run("ridge", data, tmp_path / "run", **values)
-    found = analyse(tmp_path / "run", stream=data)
-    before, after = found["stages"][0], found["stages"][-1]
-    assert set(before["pairs"]) == {t.name for t in data.tasks} and sum(before["pairs"]["digits"]["histogram"]) == 56
-    assert before["margins"] == after["margins"] and before["cka"] == after["cka"]  # the texts' own say
-    assert metrics["accuracy"][0] != metrics["accuracy"][-1]
-
-
-def test_the_report_shows_it_and_a_new_run_forgets_it(short_run: Run) -> None:
-    folder = short_run("finetune")["folder"]
-    assert "Margins and drift" not in html.render([read_metrics(folder)])
-    told = CliRunner().invoke(app, ["analyse", str(folder), "--images", "8"])
-    assert told.exit_code == 0 and "least CKA" in told.stdout and "same answer" in told.stdout
-    found = read_metrics(folder)
-    page = html.render([found])
-    assert "Margins and drift" in page and page.count("Class margins of") == len(found["tasks"]) + 1
-    median = found["analysis"]["stages"][-1]["margins"]["digits"]["median"]
-    assert f">{median:.3f}</td>" in page
-    assert analysis.of({**found, "seed": 5}) == {} == analysis.of({**found, "analysis": None})
-    launch.begin("zero_shot", "mini-mtil", folder, overwrite=True, assignments={"tasks": 1, "images": 8})
-    assert not (folder / "analysis.json").exists()
 
 
 def test_what_cannot_be_analysed(tmp_path: Path) -> None:
