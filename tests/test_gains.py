@@ -49,6 +49,8 @@ def settings(method: str) -> dict[str, Any]:
         values.update(lr=1e-2, epochs=12, tower_lr_scale=0.1)
     if method == "cgil":
         values.update(lr=1e-2, epochs=6, draws=64, batch_size=128, replay="full", images=128)
+    if method == "clg_cbm":
+        values.update(lr=1e-2, epochs=12, search_epochs=5, per_class=4)
     known = {**launch.method_options(launch.method_entry(method)), **options(Settings)}
     return {key: value for key, value in values.items() if key in known}
 

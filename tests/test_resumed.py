@@ -74,6 +74,7 @@ def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
         ("rapf", {"precision": "bf16", "init": "random"}),
         ("slca", {"epochs": 2, "align_draws": 8}),
         ("finetune+slca", {"answer.epochs": 2, "align_epochs": 1}),
+        ("clg_cbm", {"per_class": 2, "epochs": 2, "search_epochs": 2, "keep_weights": "held_out"}),
         ("cgil", {"images": 64, "epochs": 1, "draws": 2, "vae_passes": 10, "vae_hidden": 8, "vae_latent": 4}),
     ],
 )

@@ -30,7 +30,7 @@ from perdure.training.fit import Accumulator
 OWN = str(Path(__file__).parent / "own" / "prompt.py")  # a module inside a tower
 # These take no steps on images. KeepLoRA begins where the singular vectors of a gradient point, and the last digits turn those;
 # the noise of MoE-Adapters' routers is drawn a part at a time.
-NO_STEPS = ("zero_shot", "ncm", "rapf", "cgil", "slca", "keep_lora", "moe_adapters")
+NO_STEPS = ("zero_shot", "ncm", "rapf", "cgil", "slca", "keep_lora", "moe_adapters", "clg_cbm")
 LEARNERS = [
     e.name for e in launch.methods()
     if "role" not in e.about and "batch_size" in launch.method_options(e) and not isinstance(e.value, Row)

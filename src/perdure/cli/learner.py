@@ -121,13 +121,16 @@ def predict(
     ] = "",
     topk: Annotated[int, typer.Option(min=1, help="How many of the likeliest names.")] = 1,
     format: Annotated[Format, typer.Option(help="How answers are written.")] = Format.table,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say which concepts decided, where the method has any (clg_cbm).")
+    ] = False,
 ) -> None:
     """Say what pictures show. Exit code 1 if one could not be read; the others are answered."""
     from perdure.launch.learner import Learner
 
     names = [n for one in images for n in (sys.stdin.read().splitlines() if one == "-" else [one]) if n]
     learner = Learner(home)
-    rows = learner.predict(names, classes=classes.split(",") if classes else None, topk=topk)
+    rows = learner.predict(names, classes=classes.split(",") if classes else None, topk=topk, explain=explain)
     write_rows(rows, format, topk)
     bad = [row for row in rows if "error" in row]
     for row in bad:

@@ -19,6 +19,7 @@ from perdure.data.task import Context, Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent
+from perdure.engine.explained import explanations
 from perdure.engine.settings import ELSEWHERE, Settings, load_clip
 from perdure.engine.summary import summary
 from perdure.engine.teach import Teacher
@@ -139,6 +140,12 @@ class Loop:
     ) -> None:  # fmt: skip
         """Write a row and all that belongs to it. ``times``: when the task began, and when it was learned."""
         start, trained = times
+        method = self.method
+        why = (
+            {"explained": explanations(method, self.stream, self.protocol, number)}
+            if number and method.explains()
+            else {}
+        )
         record = {
             "task": name,
             "number": number,
@@ -149,6 +156,7 @@ class Loop:
             "seconds": {"train": round(trained - start, 3), "evaluate": round(time.perf_counter() - trained, 3)},
             "peak_memory_mb": peak_memory_mb(),
             "config": identity(self.config),
+            **why,
         }
         kept = self.records[-1]["files"] if self.records else {}
         self.records.append(save_task(self.folder, folder_name(number, name), self.method, hits, record, kept))

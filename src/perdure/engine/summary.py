@@ -41,6 +41,7 @@ def summary(
         "seconds": round(sum(s["train"] + s["evaluate"] for s in seconds), 2),
         "seconds_by_task": [{"task": r["task"], **r["seconds"]} for r in records],
         "peak_memory_mb": max(r["peak_memory_mb"] for r in records),
+        **({"explained": records[-1]["explained"]} if "explained" in records[-1] else {}),
         "losses": {r["task"]: thinned(r["losses"]) for r in records if r["losses"]},
         "phases": {
             r["task"]: {name: thinned(losses) for name, losses in r["phases"].items() if losses}

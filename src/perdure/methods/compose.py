@@ -12,7 +12,7 @@ from perdure.core.features import Features
 from perdure.core.packing import Packed
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
-from perdure.methods.base import Expert, Method, Trainer
+from perdure.methods.base import Expert, Method, Reason, Trainer
 from perdure.models.clip import CLIP
 from perdure.training.fit import Backward
 from perdure.training.schedule import Schedule
@@ -127,6 +127,15 @@ class Compose(Method):
 
     def finalize(self, query: Query, logits: Tensor) -> Tensor:
         return self.answerer.finalize(query, logits)
+
+    def explains(self) -> bool:
+        return self.answerer.explains()
+
+    def explain(self, query: Query, chosen: Sequence[int]) -> list[list[Reason]]:
+        return self.answerer.explain(query, chosen)
+
+    def heaviest(self) -> dict[str, list[Reason]]:
+        return self.answerer.heaviest()
 
     def answer_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         return self.answerer.answer_state()

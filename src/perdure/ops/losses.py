@@ -33,6 +33,17 @@ def pairwise(logits: Tensor, labels: Tensor, smoothing: float = 0.0, group: Tens
     return pairs.masked_fill(~rivals, 0).sum(1).mean()
 
 
+def contrastive(logits: Tensor) -> Tensor:
+    """CLIP's loss of logits (B, B) of B pairs: the sum of both sides' cross entropies, each a mean over the batch."""
+    own = torch.arange(len(logits), device=logits.device)
+    return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
+
+
+def positive_pull(images: Tensor, texts: Tensor) -> Tensor:
+    """The mean squared distance of unit images and texts (B, D) that belong together, 2 - 2·cos."""
+    return (images - texts).square().sum(1).mean()
+
+
 def distillation(student: Tensor, teacher: Tensor, temperature: float, form: str = "contrastive") -> Tensor:
     """Distil the rows of logits (B, B'): τ²·CE(softmax(teacher/τ), student/τ), the mean over rows (GIFT).
 

@@ -55,9 +55,15 @@ class Recipe(Training):
     """How a task is trained, and what of the towers learns: all weights, or low-rank adapters."""
 
     loss: Annotated[
-        Literal["softmax", "sigmoid"],
-        Field(description="of classification: cross entropy, or SigLIP's, a sigmoid a pair (models with a bias alone)"),
+        Literal["softmax", "sigmoid", "contrastive"],
+        Field(
+            description="cross entropy of classes, or SigLIP's, a sigmoid a pair (models with a bias alone); contrastive: of "
+            "images with captions"
+        ),
     ] = "softmax"
+    positive_pull: Annotated[
+        float, Field(ge=0, description="λ, weight of the squared distance of images to their own texts")
+    ] = 0.0
     adapt: Annotated[Literal["full", "lora"], Field(description="train all weights, or low-rank adapters")] = "full"
     lora_rank: Annotated[int, Field(ge=1, le=1024, description="rank of the adapters")] = 8
     lora_alpha: Annotated[float, Field(gt=0, description="adapters are scaled by alpha / rank")] = 16.0

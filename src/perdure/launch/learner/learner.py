@@ -212,13 +212,15 @@ class Learner:
                 self.ready, self.seen = self.current(), mark
         return self.ready
 
-    def predict(self, images: Shown, *, classes: Sequence[str] | None = None, topk: int = 1) -> list[Answer]:
+    def predict(
+        self, images: Shown, *, classes: Sequence[str] | None = None, topk: int = 1, explain: bool = False
+    ) -> list[Answer]:
         """What each picture shows: of ``classes``, or of all that was learned. ``images``: a path, a folder, a list of paths,
-        or images in memory (N, 3, H, W), uint8 or float in 0 … 1."""
+        or images in memory (N, 3, H, W), uint8 or float in 0 … 1. ``explain``: and why, where the method has concepts."""
         now = self.loaded()
         with undisturbed():
             torch.set_num_threads(Settings.recorded(self.config["settings"]).threads)
-            return answered(now.method, now.learned, images, classes, topk)
+            return answered(now.method, now.learned, images, classes, topk, explain)
 
     def export(self, out: str | Path) -> list[str]:
         """Write the model to a folder: a plain ``transformers`` checkpoint (one an expert, where it keeps several), what that
