@@ -130,12 +130,12 @@ class Method(Answering, Learner):
         """The classification loss of the task at hand."""
         return self.classify(self.clip.encode_image(batch.images), batch.labels)
 
-    def classify(self, images: Tensor, labels: Tensor) -> Tensor:
-        """``task_loss`` of images that are embedded already, (B, D), against labels (B,)."""
+    def classify(self, images: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """``task_loss`` of images that are embedded already, (B, D), against labels (B,); reduction "none": of each, (B,)."""
         texts = self.frozen_texts if self.frozen_texts is not None else self.clip.encode_tokens(self.tokens)
         logits = self.clip.similarity(images, texts)
         loss = {"softmax": classification, "sigmoid": pairwise}[getattr(self.config, "loss", "softmax")]
-        return loss(logits, labels, self.config.label_smoothing, self.group)
+        return loss(logits, labels, self.config.label_smoothing, self.group, reduction)
 
     # ---- what it brings
 
