@@ -173,4 +173,5 @@ class TAALM(Method):
             pairs = self.replay.pairs(task.name, [])
             pixels, captions = pairs.images, pairs.prompts
         number = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
-        return pixels, torch.tensor([number[caption] for caption in captions]), list(number)
+        labels = torch.tensor([number[caption] for caption in captions], dtype=torch.int64)
+        return pixels, labels, list(number)
