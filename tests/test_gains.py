@@ -51,6 +51,10 @@ def settings(method: str) -> dict[str, Any]:
         values.update(lr=1e-2, epochs=6, draws=64, batch_size=128, replay="full", images=128)
     if method == "clg_cbm":
         values.update(lr=1e-2, epochs=12, search_epochs=5, per_class=4)
+    if method == "td_vcl":
+        values.update(lr=5e-3)
+    if method == "taalm":
+        values.update(lr=5e-3, meta_source="own", meta_steps=4, meta_batch=1)
     known = {**launch.method_options(launch.method_entry(method)), **options(Settings)}
     return {key: value for key, value in values.items() if key in known}
 

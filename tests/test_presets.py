@@ -47,6 +47,8 @@ def overrides(preset: dict[str, Any]) -> dict[str, Any]:
         return {**SMALL, "images": 18, "epochs": 1, "draws": 8, "vae_passes": 10, "model": str(mini.MODEL)}
     if preset["method"] == "clg_cbm":  # six images and the vocabulary's words hold no ten concepts a class
         return {**SMALL, "epochs": 1, "first_epochs": 1, "search_epochs": 1, "per_class": 1}
+    if preset["method"] == "taalm":  # of two images a class at least it learns what pairs count
+        return {**SMALL, "images": 18, "iterations": 2, "meta_steps": 1, "meta_batch": 1}
     last = preset["method"] in LAST_AT_0  # these take a last step at rate 0
     by_epochs = {"epochs": 2 - last, "images": 4} if "epochs" in preset else {"iterations": 2 - last}
     if preset["method"] == "moe_adapters":  # takes a last step at rate 0; AlexNet's weights are not everybody's

@@ -75,6 +75,8 @@ def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
         ("slca", {"epochs": 2, "align_draws": 8}),
         ("finetune+slca", {"answer.epochs": 2, "align_epochs": 1}),
         ("clg_cbm", {"per_class": 2, "epochs": 2, "search_epochs": 2, "keep_weights": "held_out"}),
+        ("td_vcl", {"n": 2, "buffer": 8, "samples": 2, "initial_logvar": -7.0}),
+        ("taalm", {"precision": "bf16", "meta_source": "own", "meta_steps": 2, "meta_batch": 1, "hidden": 4}),
         ("cgil", {"images": 64, "epochs": 1, "draws": 2, "vae_passes": 10, "vae_hidden": 8, "vae_latent": 4}),
     ],
 )

@@ -71,6 +71,7 @@ def step(clip: CLIP, stream: Stream, name: str, parts: int = 1, blocks: bool = F
         "label_smoothing": 0.1,
         "lora_init": "random",
         "reference": "drawings",
+        "meta_steps": 0,
         **values,
     }
     reseed(0, "bind")
@@ -89,7 +90,8 @@ def step(clip: CLIP, stream: Stream, name: str, parts: int = 1, blocks: bool = F
     losses: dict[str, Tensor] = {}
     alive = Alive(clip)
     learner.step(
-        Batch(task.train.pixels[rows] / 255, task.train.labels[rows]), Accumulator(learner.parameters(), losses)
+        Batch(task.train.pixels[rows] / 255, task.train.labels[rows], index=rows),
+        Accumulator(learner.parameters(), losses),
     )
     return losses, {n: p.grad for n, p in learner.parameters().items() if p.grad is not None}, alive.most
 

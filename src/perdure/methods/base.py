@@ -129,12 +129,15 @@ class Method(Answering, Learner):
         """The classification loss of the task at hand."""
         return self.classify(self.clip.encode_image(batch.images), batch.labels, batch.get("captions"))
 
-    def classify(self, images: Tensor, labels: Tensor, captions: Sequence[str] | None = None) -> Tensor:
-        """``task_loss`` of images that are embedded already, (B, D), against labels (B,), or with a caption each."""
+    def classify(
+        self, images: Tensor, labels: Tensor, captions: Sequence[str] | None = None, reduction: str = "mean"
+    ) -> Tensor:
+        """``task_loss`` of images that are embedded already, (B, D), against labels (B,), or with a caption each; reduction
+        "none": of each, (B,)."""
         if getattr(self.config, "loss", "softmax") == "contrastive":
-            return of_captions(self.config, self.clip, images, captions)
+            return of_captions(self.config, self.clip, images, captions, reduction)
         texts = self.frozen_texts if self.frozen_texts is not None else self.clip.encode_tokens(self.tokens)
-        return of_classes(self.config, self.clip, images, texts, labels, self.group)
+        return of_classes(self.config, self.clip, images, texts, labels, self.group, reduction)
 
     # ---- what it brings
 

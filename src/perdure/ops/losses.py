@@ -7,41 +7,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def classification(logits: Tensor, labels: Tensor, smoothing: float = 0.0, group: Tensor | None = None) -> Tensor:
-    """Cross entropy of logits (B, C) against labels (B,), with label smoothing.
+def classification(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, group: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """Cross entropy of logits (B, C) against labels (B,), with label smoothing; ``reduction``: ``mean`` or ``none``, (B,).
 
     ``group`` (C,): classes compete within the label's group only; smoothing then spreads over that group.
     """
     if group is None:
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction=reduction)
     rivals = group[labels][:, None] == group[None]
     log_p = logits.masked_fill(~rivals, -torch.inf).log_softmax(1)
     hit = -log_p.gather(1, labels[:, None]).squeeze(1)
     spread = -log_p.masked_fill(~rivals, 0).sum(1) / rivals.sum(1)
-    return ((1 - smoothing) * hit + smoothing * spread).mean()
+    each = (1 - smoothing) * hit + smoothing * spread
+    return each.mean() if reduction == "mean" else each
 
 
-def pairwise(logits: Tensor, labels: Tensor, smoothing: float = 0.0, group: Tensor | None = None) -> Tensor:
+def pairwise(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, group: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
     """SigLIP's loss (arXiv:2303.15343, eq. 1) of logits (B, C), bias included, against labels (B,): every image with every
     class is a pair that matches or not; -log σ(±logit), summed over the classes, the mean over images.
 
-    ``smoothing`` and ``group`` (C,) as in ``classification``: the targets, and that only the group's classes are paired.
+    ``smoothing``, ``group`` (C,) and ``reduction`` as in ``classification``: the targets, and that only the group's classes are
+    paired.
     """
     rivals = torch.ones_like(logits, dtype=torch.bool) if group is None else group[labels][:, None] == group[None]
     targets = (1 - smoothing) * F.one_hot(labels, logits.shape[1]) + smoothing / rivals.sum(1, keepdim=True)
     pairs = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
-    return pairs.masked_fill(~rivals, 0).sum(1).mean()
+    each = pairs.masked_fill(~rivals, 0).sum(1)
+    return each.mean() if reduction == "mean" else each
 
 
-def contrastive(logits: Tensor) -> Tensor:
-    """CLIP's loss of logits (B, B) of B pairs: the sum of both sides' cross entropies, each a mean over the batch."""
+def weighted(losses: Tensor, weights: Tensor) -> Tensor:
+    """Σ w·loss / (Σ w + 1e-6) over the last dimension of losses (…, L), the mean over the others (TAALM)."""
+    return ((weights * losses).sum(-1) / (weights.sum(-1) + 1e-6)).mean()
+
+
+def contrastive(logits: Tensor, reduction: str = "mean") -> Tensor:
+    """CLIP's loss of logits (B, B) of B pairs: the sum of both sides' cross entropies; ``reduction`` over the batch as in
+    ``classification``."""
     own = torch.arange(len(logits), device=logits.device)
-    return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
+    return F.cross_entropy(logits, own, reduction=reduction) + F.cross_entropy(logits.T, own, reduction=reduction)
 
 
-def positive_pull(images: Tensor, texts: Tensor) -> Tensor:
-    """The mean squared distance of unit images and texts (B, D) that belong together, 2 - 2·cos."""
-    return (images - texts).square().sum(1).mean()
+def positive_pull(images: Tensor, texts: Tensor, reduction: str = "mean") -> Tensor:
+    """The mean squared distance of unit images and texts (B, D) that belong together, 2 - 2·cos; ``reduction`` as in
+    ``classification``."""
+    each = (images - texts).square().sum(1)
+    return each.mean() if reduction == "mean" else each
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float, form: str = "contrastive") -> Tensor:

@@ -42,20 +42,23 @@ def check_loss(config: Any, clip: CLIP, context: Context) -> None:
                 raise PerdureError(LACKING.format(task.name))
 
 
-def of_captions(config: Any, clip: CLIP, images: Tensor, captions: Sequence[str] | None) -> Tensor:
+def of_captions(
+    config: Any, clip: CLIP, images: Tensor, captions: Sequence[str] | None, reduction: str = "mean"
+) -> Tensor:  # fmt: skip
     """The contrastive loss of unit images (B, D) with a caption each."""
     if captions is None:
         raise PerdureError(LACKING.format("this batch"))
     texts = clip.encode_text(list(captions))
-    return contrastive(clip.scaled(images, texts)) + config.positive_pull * positive_pull(images, texts)
+    found = contrastive(clip.scaled(images, texts), reduction)
+    return found + config.positive_pull * positive_pull(images, texts, reduction)
 
 
 def of_classes(
-    config: Any, clip: CLIP, images: Tensor, texts: Tensor, labels: Tensor, group: Tensor | None
+    config: Any, clip: CLIP, images: Tensor, texts: Tensor, labels: Tensor, group: Tensor | None, reduction: str = "mean"
 ) -> Tensor:  # fmt: skip
-    """The classification loss of unit images (B, D) with labels (B,) among the classes' unit texts (C, D); ``group``: as
-    ``ops.losses.classification`` has it."""
+    """The classification loss of unit images (B, D) with labels (B,) among the classes' unit texts (C, D); ``group`` and
+    ``reduction``: as ``ops.losses.classification`` has them."""
     loss = pairwise if getattr(config, "loss", "softmax") == "sigmoid" else classification
-    found = loss(clip.similarity(images, texts), labels, config.label_smoothing, group)
+    found = loss(clip.similarity(images, texts), labels, config.label_smoothing, group, reduction)
     pull = getattr(config, "positive_pull", 0.0)
-    return found + pull * positive_pull(images, texts[labels]) if pull else found
+    return found + pull * positive_pull(images, texts[labels], reduction) if pull else found
