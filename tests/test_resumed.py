@@ -74,6 +74,20 @@ def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
         ("rapf", {"precision": "bf16", "init": "random"}),
         ("slca", {"epochs": 2, "align_draws": 8}),
         ("finetune+slca", {"answer.epochs": 2, "align_epochs": 1}),
+        ("finetune", {"precision": "bf16", "vcreg": "blocks", "vcreg_towers": "both", "vcreg_delta": 0.1}),
+        ("pfr", {"precision": "bf16", "views": 2, "sides": "both"}),
+        ("pfr", {"own": "barlow", "barlow_width": 16, "first_task": "own", "features": "pooled"}),
+        ("experience_replay", {"memory": 40, "replayed": 4, "draw": "balanced"}),
+        (
+            "ocl_sda",
+            {
+                "memory": 40,
+                "replayed": 4,
+                "classifier": "cosine",
+                "projector": "mlp",
+                "rotations_by_task": {"digits": (0,)},
+            },
+        ),
         ("cgil", {"images": 64, "epochs": 1, "draws": 2, "vae_passes": 10, "vae_hidden": 8, "vae_latent": 4}),
     ],
 )
