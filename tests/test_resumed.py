@@ -77,6 +77,20 @@ def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
         ("clg_cbm", {"per_class": 2, "epochs": 2, "search_epochs": 2, "keep_weights": "held_out"}),
         ("td_vcl", {"n": 2, "buffer": 8, "samples": 2, "initial_logvar": -7.0}),
         ("taalm", {"precision": "bf16", "meta_source": "own", "meta_steps": 2, "meta_batch": 1, "hidden": 4}),
+        ("finetune", {"precision": "bf16", "vcreg": "blocks", "vcreg_towers": "both", "vcreg_delta": 0.1}),
+        ("pfr", {"precision": "bf16", "views": 2, "sides": "both"}),
+        ("pfr", {"own": "barlow", "barlow_width": 16, "first_task": "own", "features": "pooled"}),
+        ("experience_replay", {"memory": 40, "replayed": 4, "draw": "balanced"}),
+        (
+            "ocl_sda",
+            {
+                "memory": 40,
+                "replayed": 4,
+                "classifier": "cosine",
+                "projector": "mlp",
+                "rotations_by_task": {"digits": (0,)},
+            },
+        ),
         ("cgil", {"images": 64, "epochs": 1, "draws": 2, "vae_passes": 10, "vae_hidden": 8, "vae_latent": 4}),
     ],
 )

@@ -60,6 +60,9 @@ def learn(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The seed; default: 0.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be learned, and learn nothing.")] = False,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Learn all pictures below the folder without labels (pfr).")
+    ] = False,
 ) -> None:
     """Teach a model in use what a folder of pictures shows, and say what was won and lost. Made on first use."""
     from perdure.core.config import pairs
@@ -82,7 +85,7 @@ def learn(
     )
     try:
         with screen:
-            outcomes = learner.learn(pictures, name=name, max_loss=max_loss, dry_run=dry_run)
+            outcomes = learner.learn(pictures, name=name, max_loss=max_loss, dry_run=dry_run, unlabelled=unlabelled)
     except KeyboardInterrupt:
         say(f"\nStopped. {home} is as it was before; the same command begins again.")
         raise typer.Exit(130) from None

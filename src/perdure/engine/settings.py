@@ -64,6 +64,16 @@ class Settings:
         int, Field(ge=0, description="at most so many images a task and side, for a quick look; 0: all")
     ] = 0
 
+    online: Annotated[
+        bool, Field(description="online learning: each task's images once, in small batches; more passes are refused")
+    ] = False
+    evaluate_every: Annotated[
+        int,
+        Field(
+            ge=0, le=10**9, description="steps from one evaluation to the next while a task is learned; 0: none then"
+        ),
+    ] = 0
+
     shots: Annotated[int, Field(ge=0, description="training images a class, drawn by the seed (few-shot); 0: all")] = 0
 
     unreadable: Annotated[

@@ -32,6 +32,7 @@ from perdure.training.contrastive import check_loss, of_captions, of_classes
 from perdure.training.fit import Backward, Learner, Losses, Stepper, optimise
 from perdure.training.recipe import Recipe, Training
 from perdure.training.schedule import Schedule
+from perdure.training.spread import regularised
 
 __all__ = ["METHODS", "Expert", "Method", "Reason", "Recipe", "Row", "State", "Trainer", "Training", "register"]
 Trainer = Callable[[Stepper, Schedule, Iterator[Batch], str], Losses]
@@ -56,12 +57,14 @@ class Method(Answering, Learner):
     scope: ClassVar[Literal["task", "stream"]] = "task"  # stream: sees all tasks at once
     learns: ClassVar[bool] = True  # False: no task changes anything
     carries_weights: ClassVar[bool] = True  # False: ``start`` and ``experts`` never need the last task's weights
+    needs_labels: ClassVar[bool] = True  # False: can be taught by a task without classes, too
     reference: ClassVar[Literal["", "lower", "upper"]] = (
         ""  # no contestant: what others are held to from below or above
     )
 
     clip: CLIP
     trainer: Trainer | None = None  # lent by a run
+    regularised = regularised  # VCReg's terms, where the options ask for them
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -230,6 +233,9 @@ class Method(Answering, Learner):
     def answer_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """What the answer role knows beyond the weights, as ``pack_state`` has it: what an export must not leave out."""
         return self.pack_state() if self.finalizes() else ({}, {})
+
+    def publish(self) -> None:
+        """It is about to be exported, to answer elsewhere: give up what is nobody else's, as pictures."""
 
     def forget(self, task: str, before: Packed, after: Packed) -> None:
         """Unlearn a task, as if it had never been learned. ``before`` and ``after``: the state, as ``pack_state`` gave it when

@@ -49,6 +49,11 @@ class CLIP(TwoTowers):
         return vision.image_size, vision.image_size // vision.patch_size
 
     @property
+    def width(self) -> int:
+        """Numbers of an embedding."""
+        return self.backbone.config.projection_dim
+
+    @property
     def bias(self) -> Tensor | None:
         """What is added to logits: nothing, in CLIP."""
         return None

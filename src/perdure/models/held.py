@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from perdure.core.weights import Weights
 from perdure.models import lora
 
 T = TypeVar("T")
+H = TypeVar("H", bound="Held")
 
 
 @dataclass
@@ -80,6 +82,11 @@ class Held(nn.Module):
         if self.holds == "pretrained" and not self.rebased:
             self.identity = whole.hexdigest()
         return whole.hexdigest()
+
+    def frozen_copy(self: H) -> H:
+        """A copy of the model as it is now, which learns no more. What it was born with and what it remembers is shared."""
+        shared = [self.__dict__[key] for key in ("pretrained", "_memory") if self.__dict__.get(key) is not None]
+        return copy.deepcopy(self, {id(one): one for one in shared}).requires_grad_(False)
 
     def load_weights(self, name: str, weights: Weights) -> None:
         """Take plain weights on, in place. A name that it holds already costs nothing."""
