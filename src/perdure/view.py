@@ -147,11 +147,13 @@ class Screen(Watcher):
 
 COLUMNS = ("transfer", "average", "last", "forgetting")
 INCREMENTAL = ("incremental_average", "incremental_last")
+BASE_NEW = ("performance_drop", "base", "new", "harmonic_mean")
 
 
 def summary(runs: Sequence[Mapping[str, Any]], console: Console) -> RenderableType:
     """The figures that papers print, a row a run: with intervals where there is room, else without, else a block a run."""
     columns = [*COLUMNS, *(INCREMENTAL if any(r.get(INCREMENTAL[0]) is not None for r in runs) else ())]
+    columns += [name for name in BASE_NEW if any(r.get(name) is not None for r in runs)]
     roomy = console.options.update(width=10_000)
     for intervals in (True, False):
         table = figures(runs, columns, intervals)
