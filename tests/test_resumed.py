@@ -74,6 +74,9 @@ def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
         ("rapf", {"precision": "bf16", "init": "random"}),
         ("slca", {"epochs": 2, "align_draws": 8}),
         ("finetune+slca", {"answer.epochs": 2, "align_epochs": 1}),
+        ("cpe_clip", {"precision": "bf16", "epochs": 1, "later_epochs": 1, "depth": 2, "lr_first": 0.01}),
+        ("orth_sr", {"rotation_block": 32, "cutout": "attentive", "anchor": "previous", "lr": 1e-2}),
+        ("finetune", {"adapt": "rotation", "rotation_block": 32, "rotation_layers": ("fc1",), "lr": 1e-2}),
         ("cgil", {"images": 64, "epochs": 1, "draws": 2, "vae_passes": 10, "vae_hidden": 8, "vae_latent": 4}),
     ],
 )
