@@ -233,7 +233,7 @@ def test_a_name_without_room_is_cut_before_its_end_and_that_is_said(clip: CLIP) 
     with torch.no_grad():
         found = clip.encode_tokens(ids[None])
         kept = torch.cat([ids[: room - 4], ids[-1:]])
-        assert len(said) == 1 and said[0].startswith("Texts without room beside 3 prompts: 1;")
+        assert len(said) == 1 and said[0].startswith("Texts without room beside 3 prompts: 1 at once;")
         torch.testing.assert_close(found, clip.encode_tokens(kept[None]), rtol=0, atol=1e-6)
         assert len(said) == 1
 

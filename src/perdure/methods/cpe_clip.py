@@ -83,7 +83,7 @@ class CPECLIP(Method):
     Config = Config
     State = Sessions
     state: Sessions
-    learning = False
+    learning = has_cut = False
 
     def bind(self, clip: CLIP, context: Context | None = None) -> None:
         c = self.config
@@ -125,9 +125,11 @@ class CPECLIP(Method):
         return self.learning or self.clip.holds != "pretrained"
 
     def say_cut(self, count: int) -> None:
-        self.context.warn(
-            f"Texts without room beside {self.config.length} prompts: {count}; each is cut before its end."
-        )
+        if not self.has_cut:
+            self.context.warn(
+                f"Texts without room beside {self.config.length} prompts: {count} at once; each is cut before its end."
+            )
+        self.has_cut = True
 
     # ---- learn
 

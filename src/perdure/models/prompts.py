@@ -32,16 +32,21 @@ class Prompts(nn.Module):
 
 
 class Prompted:
-    """The prompts of one tower. ``values()``: (depth, L, width); ``first``: the place of the first prompt; ``acts()``: whether
-    they are there now."""
+    """The prompts of one tower. ``image``: whether they are V, else G; ``first``: the place of the first one; ``acts()``:
+    whether they are there now."""
 
-    def __init__(self, values: Callable[[], Tensor], mode: Mode, first: int, acts: Callable[[], bool]):
-        self.values, self.mode, self.first, self.acts = values, mode, first, acts
+    def __init__(self, prompts: Prompts, image: bool, mode: Mode, first: int, acts: Callable[[], bool]):
+        self.prompts, self.image, self.mode, self.first, self.acts = prompts, image, mode, first, acts
+        self.depth, self.length, _ = prompts.vectors.shape
+
+    def values(self, first: int, last: int) -> Tensor:
+        """The prompts of the layers ``first`` … ``last``, (m, width)."""
+        vectors = self.prompts.vectors[first : last + 1].flatten(0, 1)
+        return self.prompts.project(vectors) if self.image else vectors
 
     def count(self, layer: int) -> int:
         """Prompts in layer number ``layer``."""
-        depth, length, _ = self.values().shape
-        return length * (1 if self.mode == "replace" else min(layer, depth - 1) + 1)
+        return self.length * (1 if self.mode == "replace" else min(layer, self.depth - 1) + 1)
 
     def put(self, x: Tensor, prompts: Tensor, kept: int = 0, there: int = 0) -> Tensor:
         """x (N, n, width), of whose prompts ``there`` the first are ``kept``, with prompts (m, width) behind those."""
@@ -54,10 +59,9 @@ class Prompted:
         def hook(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not self.acts() or not layer:
                 return None
-            x, mask, values = given[0], given[1], self.values()
-            there = self.count(layer - 1)
-            if layer < len(values):
-                new = values[: layer + 1].flatten(0, 1) if self.mode == "accumulate_same" else values[layer]
+            x, mask, there = given[0], given[1], self.count(layer - 1)
+            if layer < self.depth:
+                new = self.values(0 if self.mode == "accumulate_same" else layer, layer)
                 x = self.put(x, new, there if self.mode == "accumulate" else 0, there)
             return (x, mask if mask is None else causal(x.shape[1], mask), *given[2:])
 
@@ -86,10 +90,10 @@ def causal(length: int, like: Tensor) -> Tensor:
 def attach_image(backbone: Any, prompts: Prompts, mode: Mode, patches: int, acts: Callable[[], bool]) -> None:
     """Let the image tower of a CLIP, of so many patches, have prompts."""
     tower = backbone.vision_model
-    prompted = Prompted(lambda: prompts.project(prompts.vectors), mode, 1 + patches, acts)
+    prompted = Prompted(prompts, True, mode, 1 + patches, acts)
 
     def begin(norm: nn.Module, given: tuple[Tensor]) -> tuple[Tensor] | None:
-        return (prompted.put(given[0], prompted.values()[0]),) if acts() else None
+        return (prompted.put(given[0], prompted.values(0, 0)),) if acts() else None
 
     tower.pre_layrnorm.register_forward_pre_hook(begin)
     hook_layers(tower.encoder, prompted)
@@ -101,7 +105,7 @@ def attach_text(
     """Let the text tower of a CLIP have prompts. ``end``: the end token; texts for which there is no room any more are cut,
     their end token kept, and their number is told to ``cut``."""
     tower = backbone.text_model
-    prompted = Prompted(lambda: prompts.vectors, mode, 1, acts)
+    prompted = Prompted(prompts, False, mode, 1, acts)
     room = backbone.config.text_config.max_position_embeddings - prompts.vectors.shape[1]
 
     def shorten(text: nn.Module, args: Any, given: dict[str, Any]) -> Any:
@@ -118,7 +122,7 @@ def attach_text(
     def begin(embeddings: Any, args: Any, given: dict[str, Any], out: Tensor) -> Tensor:
         if not acts():
             return out
-        x = prompted.put(embeddings.token_embedding(given["input_ids"]), prompts.vectors[0])
+        x = prompted.put(embeddings.token_embedding(given["input_ids"]), prompted.values(0, 0))
         return x + embeddings.position_embedding.weight[: x.shape[1]]
 
     tower.register_forward_pre_hook(shorten, with_kwargs=True)
