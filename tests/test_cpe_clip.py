@@ -128,6 +128,7 @@ def test_every_pair_of_modes_is_the_release_s(name: str, attention: str) -> None
         method = ready(about, t, **modes)
         method.clip.backbone.set_attn_implementation(attention)
         put(method, part(t, f"end_session{last}/"))
+        method.state.sizes = [4]
         method.clip.changed("with prompts")
         found = method.predict(Query(first.test.pixels[:4], every))
         torch.testing.assert_close(found, theirs, rtol=0, atol=about["tolerance"]["logits_abs"], msg=pair)
@@ -229,6 +230,7 @@ def test_a_name_without_room_is_cut_before_its_end_and_that_is_said(clip: CLIP) 
     assert room - 3 < len(ids) <= room
     method = CPECLIP(length=3)
     method.bind(clip, Context(warn=said.append))
+    method.state.sizes = [1]
     clip.changed("with prompts")
     with torch.no_grad():
         found = clip.encode_tokens(ids[None])

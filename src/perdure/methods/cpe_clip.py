@@ -121,8 +121,8 @@ class CPECLIP(Method):
             )
 
     def acts(self) -> bool:
-        """Whether the prompts are in the towers: not in the pre-trained model, but while they are learned."""
-        return self.learning or self.clip.holds != "pretrained"
+        """Whether the prompts are in the towers: while they are learned and after, but not in the pre-trained model."""
+        return self.learning or (bool(self.state.sizes) and self.clip.holds != "pretrained")
 
     def say_cut(self, count: int) -> None:
         if not self.has_cut:
