@@ -52,7 +52,8 @@ def learn(
         ),
     ] = None,
     probe: Annotated[
-        Path | None, typer.Option(help="Folder CLASS/* of pictures to measure zero-shot ability on.")
+        Path | None,
+        typer.Option(help="Folder CLASS/* of pictures, or of synthetic pairs, to measure zero-shot ability on."),
     ] = None,
     keep: Annotated[
         Keep | None, typer.Option(help="What is kept of each task's test pictures; default: pictures.")

@@ -206,6 +206,8 @@ class Held(nn.Module):
         strange = sorted(key for key, tensor in state.items() if key not in known or known[key].shape != tensor.shape)
         if strange:
             raise PerdureError(f"The saved weights are another architecture's: {strange[0]} does not fit this model.")
+        if not state and self.holds == "pretrained" and not self.rebased:
+            return  # nothing had changed: what is known of the pre-trained weights stays true
         self.backbone.load_state_dict(dict(state), strict=False)
         self.rebased = any(not lora.adapts(key) and key not in self.grown for key in state)
         self.changed(name)

@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from perdure.core.pixels import as_floats
 from perdure.data.files import crops
 from perdure.data.loader import ahead
 from perdure.data.task import Batch, Task
@@ -120,7 +119,7 @@ def drawn(
 
     def read(job: tuple[Tensor, Tensor | None]) -> Tensor:
         index, numbers = job
-        return as_floats(pixels[index] if numbers is None else crops(pixels, index, image_size, numbers))
+        return pixels[index] if numbers is None else crops(pixels, index, image_size, numbers)
 
     in_memory = isinstance(pixels, Tensor)  # nothing to wait for
     for (index, _), images in ahead(jobs(), read, 0 if in_memory else workers, generator):

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.paths import expanded
 from perdure.data.checks import are_pixels, check_range, check_texts
-from perdure.data.files import Files, readers
+from perdure.data.files import Files, readers, stacked
 from perdure.data.folders import PICTURES, hidden
 from perdure.data.places import InMemory
 from perdure.data.task import Class, Query
@@ -108,22 +109,22 @@ def batches(images: Shown, clip: CLIP) -> Iterator[tuple[list[str], Tensor, list
             some = images[start : start + BATCH]
             yield [str(start + k) for k in range(len(some))], some, [""] * len(some)
         return
-    paths = listed(images)
+    paths, reader = listed(images), Reader(clip)
+    ready = readers().map(reader, paths[:BATCH])
     for start in range(0, len(paths), BATCH):
-        some_paths = paths[start : start + BATCH]
-        read = list(readers().map(Reader(clip), some_paths))
-        good = [x for x in read if isinstance(x, Tensor)]
-        pixels = torch.stack(good) if good else torch.empty(0, 3, clip.size, clip.size, dtype=torch.uint8)
-        yield [str(p) for p in some_paths], pixels, ["" if isinstance(x, Tensor) else x for x in read]
+        following = readers().map(reader, paths[start + BATCH : start + 2 * BATCH])  # while the model looks at these
+        read, ready = list(ready), following
+        pixels = stacked((x for x in read if not isinstance(x, str)), clip.size)
+        yield [str(p) for p in paths[start : start + BATCH]], pixels, [x if isinstance(x, str) else "" for x in read]
 
 
 class Reader:
-    """Reads a picture as the model sees it: a tensor, or what is wrong with it in words."""
+    """Reads a picture as the model sees it, or says what is wrong with it."""
 
     def __init__(self, clip: CLIP):
         self.files = Files((), *clip.view)
 
-    def __call__(self, path: Path | InMemory) -> Tensor | str:
+    def __call__(self, path: Path | InMemory) -> Image.Image | str:
         try:
             return self.files.read(path)
         except DamagedFile as error:
