@@ -137,12 +137,12 @@ def test_every_pair_of_modes_is_the_release_s(name: str, attention: str) -> None
 # ---- what its switches do
 
 
-def some_sessions(images: int = 12) -> tuple[Task, ...]:
+def some_sessions(images: int = 6) -> tuple[Task, ...]:
     return mini.class_incremental().shortened(tasks=3, images=images).tasks
 
 
 def bound(clip: CLIP, fuse: Any = None, **values: Any) -> Any:
-    method: Any = CPECLIP(**{"epochs": 1, "later_epochs": 2, "lr_first": 0.01, "batch_size": 6, **values})
+    method: Any = CPECLIP(**{"epochs": 1, "later_epochs": 2, "lr_first": 0.01, "batch_size": 3, **values})
     method = Compose(method, fuse=fuse) if fuse else method
     torch.manual_seed(0)
     method.bind(clip, mini.class_incremental().context(seed=1))
@@ -173,7 +173,7 @@ def test_the_pre_trained_model_has_no_prompts_before_or_after(clip: CLIP) -> Non
 
 @pytest.mark.parametrize("regularizer", ["balance", "freeze", "none"])
 def test_later_sessions_move_less_or_leave_the_text_side(regularizer: str, clip: CLIP) -> None:
-    method = bound(clip, regularizer=regularizer, later_epochs=1, later_batch_size=12, weight_decay=0.0)
+    method = bound(clip, regularizer=regularizer, later_epochs=1, later_batch_size=6, weight_decay=0.0)
     moved: dict[int, dict[str, Tensor]] = {}
     for number, task in enumerate(some_sessions()):
         before = {n: p.detach().clone() for n, p in method.prompts.named_parameters()}
@@ -190,7 +190,7 @@ def test_the_share_of_a_session_is_its_share_of_the_classes(clip: CLIP) -> None:
     moved = {}
     for regularizer in ("balance", "none"):
         method = bound(
-            CLIP.load(str(mini.MODEL)), regularizer=regularizer, later_epochs=1, later_batch_size=12, weight_decay=0.0
+            CLIP.load(str(mini.MODEL)), regularizer=regularizer, later_epochs=1, later_batch_size=6, weight_decay=0.0
         )
         learn(method, first)
         before = method.prompts.vectors.detach().clone()
@@ -240,6 +240,7 @@ def test_a_name_without_room_is_cut_before_its_end_and_that_is_said(clip: CLIP) 
         assert len(said) == 1
 
 
+@pytest.mark.slow
 def test_heads_on_patches_and_experts_have_the_prompts_too(clip: CLIP) -> None:
     """Patches are found behind the prompts that stand there; ConDU's delta is that of the prompts, and its expert answers."""
     task = some_sessions()[0]
