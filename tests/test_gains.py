@@ -49,6 +49,11 @@ def settings(method: str) -> dict[str, Any]:
         values.update(lr=5e-3)
     if method == "slca":
         values.update(lr=1e-2, epochs=12, tower_lr_scale=0.1)
+    if method == "cpe_clip":
+        values.update(lr_first=0.02, epochs=8, later_epochs=2, later_batch_size=32)
+        values.pop("lr")
+    if method == "orth_sr":
+        values.update(lr=2e-3, rotation_block=64)
     if method == "cgil":
         values.update(lr=1e-2, epochs=6, draws=64, batch_size=128, replay="full", images=128)
     if method == "clg_cbm":

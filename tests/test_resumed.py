@@ -91,6 +91,9 @@ def broken_off(method: str, folder: Path, **values: Any) -> tuple[Path, Path]:
                 "rotations_by_task": {"digits": (0,)},
             },
         ),
+        ("cpe_clip", {"precision": "bf16", "epochs": 1, "later_epochs": 1, "depth": 2, "lr_first": 0.01}),
+        ("orth_sr", {"rotation_block": 32, "cutout": "attentive", "anchor": "previous", "lr": 1e-2}),
+        ("finetune", {"adapt": "rotation", "rotation_block": 32, "rotation_layers": ("fc1",), "lr": 1e-2}),
         ("cgil", {"images": 64, "epochs": 1, "draws": 2, "vae_passes": 10, "vae_hidden": 8, "vae_latent": 4}),
     ],
 )

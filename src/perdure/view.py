@@ -146,7 +146,9 @@ class Screen(Watcher):
 
 
 COLUMNS = ("transfer", "average", "last", "forgetting")
-WHERE_KNOWN = ("incremental_average", "incremental_last", "anytime")
+WHERE_KNOWN = (
+    "incremental_average", "incremental_last", "anytime", "performance_drop", "base", "new", "harmonic_mean",
+)  # fmt: skip
 
 
 def summary(runs: Sequence[Mapping[str, Any]], console: Console) -> RenderableType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -124,6 +124,7 @@ class Stream:
     made for; ``defaults`` the option values that suit it; ``digest`` identifies the split; ``notes`` the data's licences.
     ``generator`` is the text-to-image model of its world and ``vocabulary`` what that model can be asked to draw, for
     methods that replay synthetic images; empty: there is none. ``drawings()`` are real pictures of that world beside the tasks.
+    ``base_new``: which classes are new beside those of the first task: those of later ``sessions``, or the ``probe``'s.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Stream:
     generator: str = ""
     vocabulary: tuple[Class, ...] = ()
     drawings: Callable[[], Images] | None = None
+    base_new: Literal["", "sessions", "probe"] = ""
 
     def context(
         self, seed: int = 0, folder: Path | None = None, drawn: OnDraw = silent, warn: Callable[[str], None] = silent,
@@ -193,13 +195,18 @@ class Stream:
         if self.labels == "seen":  # there the classes of all tasks compete
             check_texts([c for t in self.tasks for c in t.classes], clip, self.name)
 
-    def few_shot(self, shots: int, seed: int) -> Stream:
-        """``shots`` training images a class, drawn by the seed; 0: all. Another split."""
+    def few_shot(self, shots: int, seed: int, since: int = 1) -> Stream:
+        """``shots`` training images a class, drawn by the seed; 0: all. ``since``: of the tasks from this one on, counted from
+        1. Another split."""
         if not shots:
             return self
         draws = {t.name: torch.Generator().manual_seed(derive(seed, t.name, "few-shot")) for t in self.tasks}
-        few = tuple(replace(t, train=t.train.few(shots, draws[t.name])) for t in self.tasks)
-        return replace(self, tasks=few, digest=f"{self.digest}/{shots} shots")
+        few = tuple(
+            replace(t, train=t.train.few(shots, draws[t.name])) if number >= since else t
+            for number, t in enumerate(self.tasks, 1)
+        )
+        later = f" from task {since}" if since > 1 else ""
+        return replace(self, tasks=few, digest=f"{self.digest}/{shots} shots{later}")
 
     def shortened(self, tasks: int, images: int) -> Stream:
         """The first ``tasks`` tasks with at most ``images`` images a side, for a quick look; 0: all. Another split."""

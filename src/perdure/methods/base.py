@@ -58,9 +58,7 @@ class Method(Answering, Learner):
     learns: ClassVar[bool] = True  # False: no task changes anything
     carries_weights: ClassVar[bool] = True  # False: ``start`` and ``experts`` never need the last task's weights
     needs_labels: ClassVar[bool] = True  # False: can be taught by a task without classes, too
-    reference: ClassVar[Literal["", "lower", "upper"]] = (
-        ""  # no contestant: what others are held to from below or above
-    )
+    reference: ClassVar[Literal["", "lower", "upper"]] = ""  # no contestant: what others are held to from below, above
 
     clip: CLIP
     trainer: Trainer | None = None  # lent by a run
@@ -79,6 +77,8 @@ class Method(Answering, Learner):
         c = self.config
         if c.adapt == "lora":
             clip.adapt(c.lora_rank, c.lora_alpha, c.lora_layers, c.towers, c.lora_init)
+        elif c.adapt == "rotation":
+            clip.rotate(c.rotation_block, c.rotation_layers, c.towers)
         for name, parameter in clip.backbone.named_parameters():
             learns = c.towers in ("both", clip.part_of(name)) and clip.part_of(name) != "scale"
             parameter.requires_grad_(parameter.requires_grad and learns)

@@ -74,7 +74,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Recipe(Training):
-    """How a task is trained, and what of the towers learns: all weights, or low-rank adapters."""
+    """How a task is trained, and what of the towers learns: all weights, low-rank adapters, or rotations."""
 
     loss: Annotated[
         Literal["softmax", "sigmoid", "contrastive"],
@@ -86,7 +86,10 @@ class Recipe(Training):
     positive_pull: Annotated[
         float, Field(ge=0, description="λ, weight of the squared distance of images to their own texts")
     ] = 0.0
-    adapt: Annotated[Literal["full", "lora"], Field(description="train all weights, or low-rank adapters")] = "full"
+    adapt: Annotated[
+        Literal["full", "lora", "rotation"],
+        Field(description="train all weights, low-rank adapters, or rotations of the weights (orthogonal fine-tuning)"),
+    ] = "full"
     lora_rank: Annotated[int, Field(ge=1, le=1024, description="rank of the adapters")] = 8
     lora_alpha: Annotated[float, Field(gt=0, description="adapters are scaled by alpha / rank")] = 16.0
     lora_layers: Annotated[tuple[str, ...], Field(description="linear layers that get an adapter")] = LORA_LAYERS
@@ -94,3 +97,10 @@ class Recipe(Training):
         Literal["kaiming", "xavier", "random"],
         Field(description="how A starts, B being 0; random: both random, so that a new adapter changes the model"),
     ] = "kaiming"
+    rotation_block: Annotated[
+        int,
+        Field(ge=0, le=10**5, description="dimensions of a block of a rotation; 0: one block, all of a layer's input"),
+    ] = 0
+    rotation_layers: Annotated[tuple[str, ...], Field(description="linear layers whose weights are rotated")] = (
+        "q_proj", "k_proj", "v_proj", "out_proj",
+    )  # fmt: skip
