@@ -197,7 +197,7 @@ def test_mislabelled_pairs_are_found_to_do_harm(clip: CLIP) -> None:
             (right[triple.data[wrong]][:, None] == triple.classes).int().argmax(1) - 1
         ]
         learner.pairs = replace(learner.pairs, labels=given)
-        (gradient,) = torch.autograd.grad(learner.objective(triple), [learner.phi.scores])  # type: ignore[arg-type]
+        (gradient,) = torch.autograd.grad(learner.objective(triple), [*learner.phi.parameters()])
         for k, bad in enumerate(wrong.tolist()):
             harm[bad].append(gradient[k].item())
     assert len(harm[True]) >= 12

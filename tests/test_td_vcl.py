@@ -204,3 +204,21 @@ def test_draws_without_spread_are_the_means(clip: CLIP, stream: Stream) -> None:
     query = Query(task.test.pixels[:6], task.classes, 0)
     means = Method.predict(taught(TDVCL(initial_logvar=-40.0, **FEW), CLIP.load(clip.path), stream.tasks[:1]), query)
     torch.testing.assert_close(method.predict(query), means.log_softmax(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_several_posteriors_keep_nearer_to_the_oldest_than_the_last_alone(clip: CLIP, stream: Stream) -> None:
+    """At equal β, over three tasks; both learn what they are taught."""
+    values = {**FEW, "iterations": 20, "batch_size": 16, "lr": 5e-3, "beta": 5e-3, "lora_rank": 4}
+    far = {}
+    for n in (1, 4):
+        method = taught(TDVCL(n=n, lam=1.0, **values), CLIP.load(clip.path), stream.tasks)
+        assert isinstance(method, TDVCL)
+        born = TDVCL(n=n, **values)
+        reseed(0, "bind")
+        born.bind(CLIP.load(clip.path))
+        first, last = born.posterior(), method.newest()
+        far[n] = variational.divergence(last["mean"], last["logvar"], first["mean"], first["logvar"]).item()
+        losses = method.losses  # type: ignore[attr-defined]
+        assert sum(losses["task"][-5:]) < 0.9 * sum(losses["task"][:5]) and losses["divergence"][-1] > 0
+    assert 0 < far[4] < 0.9 * far[1], far
