@@ -297,7 +297,9 @@ def test_attention_needs_a_class_token(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_is_learned_is_a_plain_checkpoint(tmp_path: Path) -> None:
-    asked: dict[str, Any] = dict(tasks=2, images=64, iterations=25, warmup=2, lr=2e-3, batch_size=32, precision="fp32")
+    asked: dict[str, Any] = dict(
+        tasks=2, images=48, iterations=20, warmup=2, lr=6e-3, batch_size=24, precision="fp32", rotation_block=32
+    )
     run = perdure.run("orth_sr", "mini-mtil", tmp_path / "run", **asked)
     assert run["accuracy"][2][1] > run["accuracy"][0][1] + 5 and set(run["remarks"]) == set(run["tasks"])
     launch.export(tmp_path / "run", tmp_path / "out")
@@ -309,14 +311,14 @@ def test_what_is_learned_is_a_plain_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_held_near_the_bypass_new_classes_lose_less(tmp_path: Path) -> None:
-    """Base to new on three domains: fast rotations cost the classes that nobody teaches; with the KL they cost less."""
-    asked: dict[str, Any] = dict(iterations=40, warmup=4, lr=1e-3, batch_size=32, precision="fp32", shots=16)
-    lost: dict[float, list[float]] = {0.0: [], 1.0: []}
-    for domain in ("food", "tools", "weather"):
+    """Base to new on two domains: fast rotations cost the classes that nobody teaches; with the KL they cost less."""
+    asked: dict[str, Any] = dict(iterations=20, warmup=2, lr=4e-3, batch_size=32, precision="fp32", rotation_block=32)
+    lost: dict[float, list[float]] = {0.0: [], 4.0: []}
+    for domain in ("food", "tools"):
         for weight, found in lost.items():
             run = perdure.run(
                 "orth_sr", f"mini-base-to-new-{domain}", tmp_path / f"{domain}-{weight}", kl_weight=weight, **asked
             )
             assert run["new"] == run["probe"][-1] and run["base"] == run["accuracy"][-1][0]
             found.append(run["probe"][0] - run["new"])
-    assert sum(lost[1.0]) < sum(lost[0.0]) - 3
+    assert sum(lost[4.0]) < sum(lost[0.0]) - 4
