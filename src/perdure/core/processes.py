@@ -96,7 +96,7 @@ def join() -> str:
     found = launched()
     if here.count > 1 or found is None:
         lonely = here.count == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ
-        said, here.warned = here.warned, True
+        said, here.warned = here.warned, here.warned or lonely
         return LONELY if lonely and not said else ""
     import torch
     import torch.distributed as dist

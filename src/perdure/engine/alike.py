@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from perdure.core import processes
@@ -16,6 +17,7 @@ from perdure.core.state import write_bytes
 from perdure.engine.checkpoint import module_state
 from perdure.methods.base import Method
 
+ROUNDING = 1e-3  # of a sum of magnitudes
 NOTE = ".processes"  # what the main process leaves in the folder for the others to see
 
 
@@ -67,23 +69,49 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def check_state(method: Method, task: str) -> None:
-    """Refuse to go on where processes, which compute the same, have come to hold other weights or state."""
+@torch.no_grad()
+def settle(method: Method, task: str) -> None:
+    """Give all the main process's weights and state, where sums on an accelerator have come out otherwise in the last digits.
+
+    ``PerdureError`` where they differ by more: then something was not the same in all.
+    """
     if processes.count() == 1:
         return
-    found = processes.everyone(sums(method))
-    for number, own in enumerate(found):
-        if odd := [name for name in {**found[0], **own} if found[0].get(name) != own.get(name)]:
+    files, values = method.pack_state()
+    tensors = kept(method, files)
+    found = processes.everyone((sums(tensors), repr(values)))
+    if all(own == found[0] for own in found):
+        return
+    first = found[0][0]
+    for number, (own, _) in enumerate(found):
+        if odd := [name for name in {**first, **own} if far(first.get(name), own.get(name))]:
             raise PerdureError(
                 f"After {task}, process {number} holds another '{odd[0]}' than process 0. The processes of a run must compute "
-                "alike, to the last bit: on machines of one kind, with the same versions. Tasks that were finished are kept."
+                "alike: on machines of one kind, with the same versions. Tasks that were finished are kept."
             )
+    for name, tensor in tensors.items():
+        if any(own[name] != first[name] for own, _ in found):
+            processes.total(tensor if processes.main() else tensor.zero_())
+    method.clip.changed(method.clip.holds)
+    values = processes.from_main(values)
+    if not processes.main():
+        method.unpack_state(files, values)
 
 
-def sums(method: Method) -> dict[str, str]:
-    """Of each tensor that a run keeps, its sum."""
-    files, values = method.pack_state()
-    tensors: dict[str, Tensor] = {**method.clip.own_state(), **module_state(method)}
-    for file, own in files.items():
-        tensors.update({} if isinstance(own, Frozen) else {f"{file}/{key}": tensor for key, tensor in own.items()})
-    return {"values": repr(values), **{name: repr(t.double().sum().item()) for name, t in tensors.items()}}
+def kept(method: Method, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that a run keeps after a task, themselves; what never changes was settled when it was new."""
+    own = {
+        f"{file}/{key}": t for file, some in files.items() for key, t in some.items() if not isinstance(some, Frozen)
+    }
+    return {**method.clip.own_state(), **module_state(method), **own}
+
+
+def sums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """Of each tensor the sum, and the sum of magnitudes."""
+    wide = ((name, tensor.double()) for name, tensor in tensors.items())
+    return {name: (x.sum().item(), x.abs().sum().item()) for name, x in wide}
+
+
+def far(a: tuple[float, float] | None, b: tuple[float, float] | None) -> bool:
+    """Whether two tensors, by their ``sums``, differ by more than rounding does."""
+    return a is None or b is None or max(abs(x - y) for x, y in zip(a, b, strict=True)) > ROUNDING * a[1]

@@ -17,7 +17,7 @@ from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
 from perdure.core.state import as_json, digest, only_one, write_json
 from perdure.data.task import Context, Stream, Task
-from perdure.engine.alike import check_folder, check_state
+from perdure.engine.alike import check_folder, settle
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent
@@ -136,6 +136,7 @@ class Loop:
         self.watcher.learns(name, number)
         start = time.perf_counter()
         losses = self.teacher.learn(self.to_learn(number), number)
+        settle(self.method, name)
         trained = time.perf_counter()
         self.watcher.evaluates()
         held = self.method.clip.holds
@@ -161,7 +162,6 @@ class Loop:
             "peak_memory_mb": peak_memory_mb(),
             "config": identity(self.config),
         }
-        check_state(self.method, name)
         if processes.main():
             kept = self.records[-1]["files"] if self.records else {}
             record = save_task(self.folder, folder_name(number, name), self.method, hits, record, kept)

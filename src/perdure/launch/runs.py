@@ -57,7 +57,6 @@ def begin(
     folders = {n: folder / f"seed_{n}" if several else folder for n in range(seed, seed + seeds)}
     check_kind(folder, list(folders.values()) if several else [])
     config = prepare(method, stream, seed, assignments, layer, folders[seed], warn)
-    check_batch(config["options"])
     check_config(folder, config, same_run)
     if processes.main():
         claim({one: {**config, "seed": n} for n, one in folders.items()}, overwrite, go_on)
