@@ -168,7 +168,7 @@ def test_a_batch_from_files_is_put_together(together: Callable[[int], Together],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["finetune", "gift", "zscl", "codyra", "mg_clip", OWN])
+@pytest.mark.parametrize("name", ["finetune", "gift", "codyra", OWN])
 def test_a_step_of_three_has_the_losses_and_gradients_of_one(
     name: str, clip: CLIP, stream: Stream, together: Callable[[int], Together]
 ) -> None:
@@ -181,24 +181,21 @@ def test_a_step_of_three_has_the_losses_and_gradients_of_one(
 
 # ---- whole runs
 
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("zero_shot", {}),
-    ("gift", {}),
-    ("condu+mg_clip", {"task_id": "hidden"}),
-    ("mg_clip", {}),
+CASES: list[tuple[str, dict[str, Any]]] = [  # all methods: python proofs/several.py
+    ("gift", {"tasks": 1}),
+    ("mg_clip", {"tasks": 1}),
     ("keep_lora", {}),
     ("moe_adapters", {}),
-    ("moe_adapters", {"routers": "one", "test_noise": True}),
-    ("ridge_patches", {}),
-    ("slca", {}),
-    ("cgil", {}),
-    ("icarl", {}),
+    ("moe_adapters", {"routers": "one", "test_noise": True, "tasks": 1}),
+    ("ridge_patches", {"tasks": 1}),
+    ("slca", {"tasks": 1}),
+    ("cgil", {"tasks": 1}),
 ]
 
 
 def alike_runs(shared_out: Path, alone: Path) -> None:
     """The losses of one process to 1e-5, and its figures."""
-    assert several.apart(shared_out, alone) < several.CLOSE
+    assert several.apart(shared_out, alone) < several.ROUNDING.get(str(outcome(alone)["method"]), several.CLOSE)
     mine, theirs = outcome(shared_out), outcome(alone)
     assert mine.keys() == theirs.keys()
     for key in mine.keys() - {"gap", "losses", "phases", "remarks"}:
@@ -391,7 +388,7 @@ def test_three_started_by_torchrun_write_what_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_and_another_number_goes_on_with_it(tmp_path: Path) -> None:
-    asked = {**several.asked("finetune"), "iterations": 40}
+    asked = {**several.asked("finetune"), "iterations": 25}
     whole = perdure.run("finetune", "mini-mtil", tmp_path / "one", **asked)
     folder = tmp_path / "two"
     run = torchrun(2, "run", "--method", "finetune", "--stream", "mini-mtil", "--out", folder, *words(asked))
@@ -402,7 +399,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_another_number_goes_on_with_it
     os.kill(workers[0].pid, signal.SIGKILL)
     said = run.communicate()[0]
     assert run.returncode != 0
-    assert said.count("Error: ") == 1 and said.count("perdure resume RUN, with any number of processes") == 1, said
+    assert said.count("\nError: ") == 1 and said.count("perdure resume RUN, with any number of processes") == 1, said
     assert not list(folder.glob("task_02_*")) and not json.loads((folder / "metrics.json").read_text())["finished"]
     found = launch.resume(folder)
     assert found["finished"] and found["accuracy"] == whole["accuracy"]

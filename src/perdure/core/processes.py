@@ -37,13 +37,14 @@ WHAT_IS_LEFT = "Every task that was finished is kept. Go on with: perdure resume
 @dataclass
 class Membership:
     """Which process this is, of how many; ``store``: where they leave each other notes. ``sharing``: whether work is shared
-    out now; ``warned``: that it was said what there is to say of the launcher."""
+    out now; ``warned``: that it was said what there is to say of the launcher; ``ending``: that this process fails already."""
 
     rank: int = 0
     count: int = 1
     store: Any = None
     sharing: bool = True
     warned: bool = False
+    ending: bool = False
 
 
 here = Membership()
@@ -130,6 +131,8 @@ def unheard() -> bool:
 
 def told_to_stop(*_: object) -> None:
     """The launcher ends all processes when one of them has ended."""
+    if here.ending:
+        return
     raise PerdureError(
         f"The run was told to stop, or one of its processes ended (killed, out of memory?). {WHAT_IS_LEFT}"
     )
@@ -149,7 +152,8 @@ def connected() -> Iterator[None]:
 
 
 def speaks() -> bool:
-    """Whether this process is the one to say what went wrong: the first that asks."""
+    """Whether this process, which fails, is the one to say what went wrong: the first that asks."""
+    here.ending = True
     if here.store is None:
         found = launched()
         return found is None or found[0] == 0
