@@ -25,6 +25,7 @@ class Teacher:
     def __init__(self, method: Method, seed: int, settings: Settings, watcher: Watcher):
         self.method, self.seed, self.settings, self.watcher = method, seed, settings, watcher
         self.phases: dict[str, Losses] = {}
+        self.stepped = watcher.step  # hears of each step of a task
 
     def learn(self, task: Task | None, number: int) -> Losses:
         """Learn ``task`` as number 1, 2, …; return its losses, one value a step by name. None: there is nothing to learn."""
@@ -48,9 +49,7 @@ class Teacher:
         material = method.material(task)
         method.begin_task(material)
         s = self.settings
-        losses = fit(
-            method, material, generator, clip.size, clip.device, s.precision, self.watcher.step, workers=s.workers
-        )
+        losses = fit(method, material, generator, clip.size, clip.device, s.precision, self.stepped, workers=s.workers)
         if losses.steps:
             clip.trained(f"trained {task.name}", method.parameters().values())
         return losses

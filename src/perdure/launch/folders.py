@@ -19,6 +19,7 @@ from perdure.engine.watcher import Watcher
 
 NEEDED = {"method", "stream", "seed", "options", "settings", "split", "weights", "environment"}
 REPLACED, MOVING = ".replaced", ".moving"
+ANALYSIS = "analysis.json"  # what ``perdure analyse`` found, beside a run's metrics
 
 
 def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -99,7 +100,7 @@ def make_folder(folder: Path, config: Mapping[str, Any], overwrite: bool) -> Non
 def own_files(folder: Path) -> list[Path]:
     """What perdure wrote of a run into its folder, pairs and reports left out."""
     tasks = [p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"(damaged_|\.)?task_\d+_.*", p.name)]
-    return sorted([*tasks, *(p for n in ("config.json", "metrics.json") if (p := folder / n).exists())])
+    return sorted([*tasks, *(p for n in ("config.json", "metrics.json", ANALYSIS) if (p := folder / n).exists())])
 
 
 def set_aside(folder: Path) -> None:

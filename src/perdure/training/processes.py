@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from perdure.core import processes
-from perdure.core.pixels import as_floats
 from perdure.core.processes import barrier, count, main, rank
 from perdure.data.batch import Batch
 
@@ -22,12 +21,13 @@ __all__ = ["averaged", "barrier", "count", "main", "rank", "whole"]
 BUCKET = 1 << 22  # numbers that are sent at a time, where tensors are small
 
 
-def whole(batch: Batch) -> Batch:
-    """A batch of which each process holds its rows (``parts``: there are so many in all), with all images as floats."""
+def whole(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device; one of which each process holds its rows (``parts``: there are so many in all) with all images."""
     if "parts" not in batch:
-        return batch
+        return batch.to(device)
     fields = {name: value for name, value in batch.fields.items() if name != "parts"}
-    return Batch(**{**fields, "images": as_floats(processes.gathered(batch.images, batch.parts))})
+    images = processes.gathered(batch.images.to(device), batch.parts)  # as bytes, where they are
+    return Batch(**{**fields, "images": images}).to(device)
 
 
 def averaged(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
