@@ -13,6 +13,7 @@ import typer
 from perdure import __version__
 from perdure.cli import analysing, comparing, data, learner, lists, results, runs, serving
 from perdure.core.errors import PerdureError
+from perdure.core.processes import speaks
 from perdure.terminal import plain_characters, plain_warnings
 
 # What typer raises for wrong words, whether it stands on click or brings it: BadParameter, UsageError, ClickException.
@@ -63,7 +64,8 @@ def plainly() -> Iterator[None]:
             )
     else:
         return
-    print(f"Error: {message}", file=sys.stderr)
+    if speaks():
+        print(f"Error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from perdure.cli.data import ImageKey, LabelKey, SplitKey, TaskKey, TextKey
 from perdure.cli.results import check_page, finish, page_of, read_metrics
+from perdure.core import processes
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.terminal import console
@@ -43,6 +44,7 @@ def run(
     from perdure import launch
     from perdure.launch.sources import find_stream
 
+    announce()
     settings = launch.read_preset(preset) if preset else {}
     method, stream = method or str(settings.get("method", "")), stream or str(settings.get("stream", ""))
     missing = [f"--{k}" for k, v in (("method", method), ("stream", stream)) if not v]
@@ -83,14 +85,23 @@ def resume(
     if run is None:
         list_runs(Path("runs"))
         return
+    announce()
     run = expanded(run)
     check_page(page_of([run]))  # before the work, not after it
     several = launch.seed_folders(run)
     for one in several or [run]:
         watched(one)
+    if not processes.main():
+        return
     if several:
         write_json(run / "metrics.json", launch.over_seeds([read_metrics(one) for one in several]))
     finish([run])
+
+
+def announce() -> None:
+    """Join the processes that a launcher started together, before anything can be said by several of them."""
+    if note := processes.join():
+        console().print(f"Warning: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def list_runs(base: Path) -> None:

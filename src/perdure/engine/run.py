@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from perdure.core import processes
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
 from perdure.core.state import as_json, digest, only_one, write_json
 from perdure.data.task import Context, Stream, Task
+from perdure.engine.alike import check_folder, settle
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent
@@ -39,12 +41,13 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
     """
     settings = Settings.recorded(config["settings"])
     with undisturbed(), only_one(folder):
+        check_folder(folder)
         torch.set_num_threads(settings.threads)
         forget_peak_memory()
         clip = load_clip(config, stream.model)
         stream = stream.at(clip.size, clip.fit)
         stream.check(clip)
-        done = good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
+        done = all_good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
         for saved in done:
             if saved.record["config"] not in identities(config):
                 raise PerdureError(
@@ -56,9 +59,17 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
             pass
         metrics = loop.metrics()
         path = folder / "metrics.json"
-        if not path.exists() or path.read_bytes() != as_json(metrics):
+        if processes.main() and (not path.exists() or path.read_bytes() != as_json(metrics)):
             write_json(path, metrics)  # a run killed just before it wrote them
-        return metrics
+        return processes.from_main(metrics)
+
+
+def all_good_tasks(folder: Path, tasks: Sequence[str], warn: Callable[[str], None]) -> list[Saved]:
+    """``good_tasks``, once the main process has set the others aside."""
+    if processes.main():
+        done = good_tasks(folder, tasks, warn)
+    processes.barrier()
+    return done if processes.main() else good_tasks(folder, tasks, warn)
 
 
 DECIDES = ("method", "stream", "seed", "options", "settings", "split", "weights")
@@ -131,6 +142,7 @@ class Loop:
         self.between.begins(number, task)
         start = time.perf_counter()
         losses = self.teacher.learn(task, number)
+        settle(self.method, name)
         trained = time.perf_counter()
         self.watcher.evaluates()
         held = self.method.clip.holds
@@ -175,10 +187,13 @@ class Loop:
             "config": identity(self.config),
             **why,
         }
-        kept = self.records[-1]["files"] if self.records else {}
-        self.records.append(save_task(self.folder, folder_name(number, name), self.method, hits, record, kept))
+        if processes.main():
+            kept = self.records[-1]["files"] if self.records else {}
+            record = save_task(self.folder, folder_name(number, name), self.method, hits, record, kept)
+        self.records.append(record)
         self.rows.append(hits)
-        write_json(self.folder / "metrics.json", self.metrics())
+        if processes.main():
+            write_json(self.folder / "metrics.json", self.metrics())
         self.watcher.row(*self.shown(hits))
 
     def evaluated(self, method: Method, number: int) -> tuple[dict[str, Tensor], dict[str, float]]:

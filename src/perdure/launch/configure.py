@@ -19,6 +19,7 @@ from perdure.core.errors import PerdureError, unknown
 from perdure.core.paths import expanded
 from perdure.data.task import Stream
 from perdure.data.tolerated import find_unreadable, without
+from perdure.engine.alike import check_batch
 from perdure.engine.environment import environment
 from perdure.engine.online import ONE_PASS, check_asked, check_one_pass
 from perdure.engine.settings import Settings, load_clip
@@ -85,6 +86,7 @@ def configure(
         check_one_pass(values)
     check_tasks(values, data, given, warn)
     check_parts(values)
+    check_batch(values)
     settings = Settings(**{key: values[key] for key in general}).settled(data)
     left_out = find_unreadable(data, settings.unreadable, warn)
     data = settings.select(without(data, left_out), seed)

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from perdure.core import processes
 from perdure.core.caller import undisturbed
 from perdure.core.config import resolve
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.state import write_json
-from perdure.data.task import Stream
+from perdure.data.task import Stream, silent
 from perdure.data.tolerated import without
+from perdure.engine.alike import check_batch, check_config
 from perdure.engine.environment import environment
 from perdure.engine.run import run as engine_run
 from perdure.engine.settings import Settings
@@ -48,13 +50,30 @@ def begin(
 
     ``go_on``: a folder that holds this very run already is left as it is.
     """
+    warn = joined(warn)
     layer = read_preset(preset) if preset else {}
     layer = {k: v for k, v in layer.items() if k not in ("method", "stream", "about")}
     several = seeds > 1
     folders = {n: folder / f"seed_{n}" if several else folder for n in range(seed, seed + seeds)}
     check_kind(folder, list(folders.values()) if several else [])
     config = prepare(method, stream, seed, assignments, layer, folders[seed], warn)
-    configs = {one: {**config, "seed": n} for n, one in folders.items()}
+    check_config(folder, config, same_run)
+    if processes.main():
+        claim({one: {**config, "seed": n} for n, one in folders.items()}, overwrite, go_on)
+        if several:
+            write_json(folder / "seeds.json", list(folders))
+    processes.barrier()
+
+
+def joined(warn: Warn) -> Warn:
+    """Join the processes that a launcher started together; of these the main one warns."""
+    if note := processes.join():
+        warn(note)
+    return warn if processes.main() else silent
+
+
+def claim(configs: Mapping[Path, Mapping[str, Any]], overwrite: bool, go_on: bool) -> None:
+    """Write the configuration of each run into its folder, once all folders have been looked at."""
     if go_on:  # those that are there stay; a kill may have come before all of several were
         kept = {
             one for one, c in configs.items() if (one / "config.json").exists() and not same_run(read_config(one), c)
@@ -64,8 +83,6 @@ def begin(
         check_folder(one, its_config, overwrite)
     for one, its_config in configs.items():
         make_folder(one, its_config, overwrite)
-    if several:
-        write_json(folder / "seeds.json", list(folders))
 
 
 def check_kind(folder: Path, several: list[Path]) -> None:
@@ -103,7 +120,9 @@ def run(
 
 
 def listening(watcher: Watcher | Sequence[Watcher] | None) -> Watcher:
-    """One watcher for none, one or several."""
+    """One watcher for none, one or several; where processes share a run, those of the main one alone hear it."""
+    if not processes.main():
+        return Watchers(())
     if watcher is None:
         return Watcher()
     return watcher if isinstance(watcher, Watcher) else Watchers(watcher)
@@ -147,15 +166,20 @@ def resume(
 
     ``method`` and ``stream``: what a run of objects was begun with; else they are found again.
     """
+    note = processes.join()
     folder, ears = expanded(folder), listening(watcher)
+    if note:
+        ears.warn(note)
     with undisturbed(), coming_back(folder):
         config, data, built = reopen(folder, method, stream)
+        check_batch(config["options"])
+        check_config(folder, config, same_run)
         settings = Settings.recorded(config["settings"])
         now = environment(settings)
         changed = [k for k in now if now[k] != config["environment"].get(k) and k not in ("cores", "platform")]
         if changed and not is_finished(folder):
             ears.warn(f"The environment has changed ({', '.join(changed)}): the last bits may differ.")
-        return engine_run(built, data, config, folder, Watchers([ears, Replacing(folder)]))
+        return engine_run(built, data, config, folder, Watchers([ears, Replacing(folder)] if processes.main() else []))
 
 
 @contextlib.contextmanager

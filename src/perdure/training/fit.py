@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from perdure.core import processes
 from perdure.data.files import crops
 from perdure.data.loader import ahead
 from perdure.data.task import Batch, Task
 from perdure.data.transforms import some_numbers
+from perdure.training.processes import averaged, whole
 from perdure.training.record import LOOK, Losses, check_finite, check_reached, course
 from perdure.training.schedule import Schedule
 
@@ -127,8 +129,11 @@ def fit(
 def drawn(
     task: Task, plan: Schedule, generator: torch.Generator, image_size: int, workers: int = 0
 ) -> Generator[Batch, None, None]:
-    """The task's training images in batches without end, cropped at random where the plan says so."""
+    """The task's training images in batches without end, cropped at random where the plan says so. Of pictures in files,
+    processes that share a run read each its rows of a batch (see ``processes.whole``)."""
     pixels, captions = task.train.pixels, task.train.captions
+    in_memory = isinstance(pixels, Tensor)  # nothing to wait for
+    parts = processes.sharing() and not in_memory
 
     def jobs() -> Iterator[tuple[Tensor, Tensor | None]]:
         for index in batches(len(task.train), plan.batch_size, generator):
@@ -136,11 +141,14 @@ def drawn(
 
     def read(job: tuple[Tensor, Tensor | None]) -> Tensor:
         index, numbers = job
+        if parts:
+            own = processes.worked(len(index))
+            index, numbers = index[own], None if numbers is None else numbers[..., own]
         return pixels[index] if numbers is None else crops(pixels, index, image_size, numbers)
 
-    in_memory = isinstance(pixels, Tensor)  # nothing to wait for
     for (index, _), images in ahead(jobs(), read, 0 if in_memory else workers, generator):
-        more = {} if captions is None else {"captions": tuple(captions[k] for k in index.tolist())}
+        more: dict[str, Any] = {} if captions is None else {"captions": tuple(captions[k] for k in index.tolist())}
+        more |= {"parts": len(index)} if parts else {}
         yield Batch(images, task.train.labels[index], index=index, **more)
 
 
@@ -163,7 +171,7 @@ def optimise(
         for step in range(plan.steps):
             losses: dict[str, Tensor] = {}
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                learner.step(next(draws).to(device), Accumulator(parameters, losses, more))
+                learner.step(whole(next(draws), device), Accumulator(parameters, losses, more))
             reached = reached or any(p.grad is not None for p in trained)
             plan.set(optimizer, step)
             if plan.clip is not None:
@@ -199,7 +207,7 @@ def mean_gradient(
         for batch in draws:
             count += 1
             losses: dict[str, Tensor] = {}
-            learner.step(batch.to(device), Accumulator(parameters, losses))
+            learner.step(whole(batch, device), Accumulator(parameters, losses))
             check_finite([losses], name)
             for key, p in parameters.items():
                 total[key] += 0 if p.grad is None else p.grad
@@ -235,7 +243,7 @@ class Accumulator:
         # Autocast would round what flows back through the parts that were computed in fp32 on purpose.
         with torch.autocast(rooted[0].device.type, enabled=False):
             found = torch.autograd.grad(torch.stack(rooted).sum(), list(self.parameters.values()), allow_unused=True)
-        gradients: Gradients = dict(zip(self.parameters, found, strict=True))
+        gradients: Gradients = dict(zip(self.parameters, averaged(found), strict=True))
         for name, gradient in gradients.items():
             if gradient is not None:
                 self.add(name, gradient)
