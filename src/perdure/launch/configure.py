@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,7 @@ from perdure.core.paths import expanded
 from perdure.data.task import Stream
 from perdure.data.tolerated import find_unreadable, without
 from perdure.engine.environment import environment
-from perdure.engine.settings import Settings, load_clip
+from perdure.engine.settings import Settings, hand_over, load_clip
 from perdure.engine.summary import FORMAT
 from perdure.launch.options import build_entry, method_options
 from perdure.launch.sources import Asked, find_method, find_stream
@@ -139,5 +140,6 @@ def prepare(
         if clip.note:
             warn(clip.note)
         found = {"weights": clip.fingerprint(), "backbone": clip.described(), "revision": clip.revision}
-        build_entry(find_method(method)[0], config["options"]).bind(clip, data.context(seed, folder))
+        build_entry(find_method(method)[0], config["options"]).bind(copy.deepcopy(clip), data.context(seed, folder))
+        hand_over(clip, config, data.model)
     return {**config, **{key: value for key, value in found.items() if value}}

@@ -30,6 +30,15 @@ class Last:
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
+def fingerprint_of(weights: Weights) -> str:
+    """A sha256 over names and values."""
+    whole = hashlib.sha256()
+    for name in sorted(weights):
+        whole.update(name.encode())
+        whole.update(weights[name].detach().cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
+
 class Held(nn.Module):
     """A backbone, and the name of the weights that it holds now."""
 
@@ -73,13 +82,11 @@ class Held(nn.Module):
 
     def fingerprint(self) -> str:
         """A sha256 over names and values of the weights: which model this is, wherever it came from."""
-        whole = hashlib.sha256()
-        for name, tensor in sorted(self.weights().items()):
-            whole.update(name.encode())
-            whole.update(tensor.cpu().contiguous().numpy().tobytes())
+        adapted = next(lora.adapters(self.backbone), None) is not None
+        found = fingerprint_of(self.weights() if adapted else self.plain())
         if self.holds == "pretrained" and not self.rebased:
-            self.identity = whole.hexdigest()
-        return whole.hexdigest()
+            self.identity = found
+        return found
 
     def load_weights(self, name: str, weights: Weights) -> None:
         """Take plain weights on, in place. A name that it holds already costs nothing."""
