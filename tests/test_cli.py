@@ -25,7 +25,19 @@ def perdure(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
     return int(stop.value.code or 0)
 
 
-HEAVY = ("torch", "numpy", "transformers", "diffusers", "peft", "pydantic", "yaml", "PIL", "matplotlib", "jinja2", "ray")
+HEAVY = (
+    "torch",
+    "numpy",
+    "transformers",
+    "diffusers",
+    "peft",
+    "pydantic",
+    "yaml",
+    "PIL",
+    "matplotlib",
+    "jinja2",
+    "ray",
+)
 
 
 def test_help_does_not_import_torch() -> None:
