@@ -37,6 +37,8 @@ from perdure.launch.folders import (
 )
 from perdure.launch.options import build_entry, method_options
 from perdure.launch.sources import Asked, find_method, find_stream, reopened
+from perdure.launch.trackers import checked
+from perdure.launch.tracking import tracking
 from perdure.methods.base import Method
 from perdure.ops.metrics import interval
 
@@ -98,7 +100,8 @@ def check_kind(folder: Path, several: list[Path]) -> None:
 
 def run(
     method: str | type[Method], stream: Asked, out: str | Path | None = None, *, seed: int = 0,
-    overwrite: bool = False, preset: str | None = None, watcher: Watcher | Sequence[Watcher] | None = None, **values: Any,
+    overwrite: bool = False, preset: str | None = None, watcher: Watcher | Sequence[Watcher] | None = None,
+    report_to: str | Sequence[str] = (), **values: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Run ``method`` on ``stream`` and return the metrics (the content of ``out/metrics.json``).
 
@@ -106,17 +109,19 @@ def run(
     place of pictures (a path, or ``perdure.Pictures``) or a ``perdure.Stream``.
     ``values`` are options of the method or the run, as ``key=value`` is on the command line; those of a
     later role are written ``**{"fuse.alpha": 0.3}``. ``out`` defaults to ``runs/METHOD-STREAM-SEED``. ``watcher``: one or
-    several that hear how it goes. Raises ``PerdureError`` for anything the caller can put right. Nothing that belongs to the
-    caller (random states, threads, gradient mode, environment variables) is changed.
+    several that hear how it goes; ``report_to``: trackers by name (``jsonl``, ``csv``, ``tensorboard``, ``wandb``). Raises
+    ``PerdureError`` for anything the caller can put right. Nothing that belongs to the caller (random states, threads, gradient
+    mode, environment variables) is changed.
     """
     ears = listening(watcher)
+    checked(report_to)
     with undisturbed():
         names = find_method(method)[0].name, find_stream(stream)[1]
         folder = expanded(out) if out else Path("runs") / f"{names[0]}-{names[1]}-{seed}"
         begin(
             method, stream, folder, seed=seed, overwrite=overwrite, preset=preset, assignments=values, warn=ears.warn
         )  # fmt: skip
-        return resume(folder, ears, method=method, stream=stream)
+        return resume(folder, ears, method=method, stream=stream, report_to=report_to)
 
 
 def listening(watcher: Watcher | Sequence[Watcher] | None) -> Watcher:
@@ -160,14 +165,14 @@ def built(config: Mapping[str, Any], method: str | type[Method] | None = None) -
 
 def resume(
     folder: str | Path, watcher: Watcher | Sequence[Watcher] | None = None, *,
-    method: str | type[Method] | None = None, stream: Asked | None = None,
+    method: str | type[Method] | None = None, stream: Asked | None = None, report_to: str | Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Go on with the run in ``folder`` after its last good task; return the metrics.
 
-    ``method`` and ``stream``: what a run of objects was begun with; else they are found again.
+    ``method`` and ``stream``: what a run of objects was begun with; else they are found again. ``report_to``: trackers by name.
     """
     note = processes.join()
-    folder, ears = expanded(folder), listening(watcher)
+    folder, ears, kinds = expanded(folder), listening(watcher), checked(report_to)
     if note:
         ears.warn(note)
     with undisturbed(), coming_back(folder):
@@ -179,7 +184,9 @@ def resume(
         changed = [k for k in now if now[k] != config["environment"].get(k) and k not in ("cores", "platform")]
         if changed and not is_finished(folder):
             ears.warn(f"The environment has changed ({', '.join(changed)}): the last bits may differ.")
-        return engine_run(built, data, config, folder, Watchers([ears, Replacing(folder)] if processes.main() else []))
+        with tracking(folder, config, kinds if processes.main() else ()) as tracked:
+            heard = [ears, Replacing(folder), tracked] if processes.main() else []
+            return engine_run(built, data, config, folder, Watchers(heard))
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ FOR_RUNS = (
     "images",
     "shots",
     "class_order",
+    "task_order",
     "labels",
     "task_id",
     "online",
