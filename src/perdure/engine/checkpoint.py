@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.packing import Frozen, Packed
-from perdure.core.state import digest, inside, read_json, read_tensors, sync_folder, write_bytes, write_json
+from perdure.core.state import digest, inside, read_json, sync_folder, write_json
+from perdure.core.tensors import read_tensors, write_tensors
 from perdure.methods.base import Method
 
 OWN = ("weights", "modules", "hits", "hits_of_all", "pictures")  # files of a task that are not the method's state
@@ -105,8 +105,8 @@ def save_task(
                 continue
             path = f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', key.replace('/', '_'))}.safetensors"
             path = free_name(beside / path).name  # two tasks' names may differ in such characters alone
-            data = as_bytes(tensors)
-            written[key] = {"path": f"{name}/{path}", "sha256": write_bytes(beside / path, data), "bytes": len(data)}
+            sha256, size = write_tensors(beside / path, tensors)
+            written[key] = {"path": f"{name}/{path}", "sha256": sha256, "bytes": size}
         record = {**record, "values": values, "files": written}
         write_json(beside / "state.json", {**record, "sha256": seal(record)})
         sync_folder(beside)
@@ -115,11 +115,6 @@ def save_task(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return record
-
-
-def as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """The content of a safetensors file that holds ``tensors``."""
-    return save(on_their_own(tensors))
 
 
 def on_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

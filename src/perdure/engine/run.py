@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perdure.core import stopping
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
@@ -20,6 +21,7 @@ from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent
 from perdure.engine.settings import ELSEWHERE, Settings, load_clip
+from perdure.engine.steps import Every, Steps, forget
 from perdure.engine.summary import summary
 from perdure.engine.teach import Teacher
 from perdure.engine.watcher import Watcher
@@ -48,6 +50,7 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
                 raise PerdureError(
                     f"{folder}/config.json was changed after {saved.folder.name} was run. Start a new run."
                 )
+        forget(folder, [saved.folder.name for saved in done])
         loop = Loop(method, stream, config, settings, folder, watcher, done)
         loop.begin(clip, done)
         while loop.next_task():
@@ -123,15 +126,24 @@ class Loop:
             return False
         name = self.stream.tasks[number - 1].name
         self.watcher.learns(name, number)
-        start = time.perf_counter()
-        losses = self.teacher.learn(self.to_learn(number), number)
+        steps = self.steps(number, name)
+        start = time.perf_counter() - steps.spent
+        losses = self.teacher.learn(self.to_learn(number), number, steps)
         trained = time.perf_counter()
         self.watcher.evaluates()
         held = self.method.clip.holds
         hits, found = self.evaluated(self.method, number)
         assert self.method.clip.holds == held, "an evaluation must leave the model as it was"
-        self.keep(number, name, hits, found, losses, (start, trained))
+        with stopping.held():
+            self.keep(number, name, hits, found, losses, (start, trained))
+            steps.done()
         return True
+
+    def steps(self, number: int, name: str) -> Steps:
+        """Where a task's trainings are saved until it is done."""
+        after = digest(as_json({key: about["sha256"] for key, about in sorted(self.records[-1]["files"].items())}))
+        every = Every.read(self.settings.save_every)
+        return Steps(self.folder, folder_name(number, name), identities(self.config), after, every, self.watcher.warn)
 
     def keep(
         self, number: int, name: str, hits: dict[str, Tensor], found: dict[str, float], losses: Losses,

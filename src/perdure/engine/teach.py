@@ -7,12 +7,15 @@ from collections.abc import Iterator
 
 import torch
 
+from perdure.core import stopping
 from perdure.core.seeding import reseed
 from perdure.data.task import Batch, Task
 from perdure.engine.settings import Settings
+from perdure.engine.steps import Steps
 from perdure.engine.watcher import Watcher
 from perdure.methods.base import Method
 from perdure.training.fit import Losses, Stepper, fit, optimise
+from perdure.training.progress import NOTHING_KEPT, Saver
 from perdure.training.schedule import Schedule
 
 
@@ -25,10 +28,12 @@ class Teacher:
     def __init__(self, method: Method, seed: int, settings: Settings, watcher: Watcher):
         self.method, self.seed, self.settings, self.watcher = method, seed, settings, watcher
         self.phases: dict[str, Losses] = {}
+        self.steps: Steps | None = None
 
-    def learn(self, task: Task | None, number: int) -> Losses:
-        """Learn ``task`` as number 1, 2, …; return its losses, one value a step by name. None: there is nothing to learn."""
-        method = self.method
+    def learn(self, task: Task | None, number: int, steps: Steps | None = None) -> Losses:
+        """Learn ``task`` as number 1, 2, …; return its losses, one value a step by name. None: there is nothing to learn.
+        ``steps``: where its trainings are saved as they go, and gone on with."""
+        method, self.steps = self.method, steps
         generator, self.phases = reseed(self.seed, number), {}
         if task is None or not method.learns:
             return Losses()
@@ -48,9 +53,11 @@ class Teacher:
         material = method.material(task)
         method.begin_task(material)
         s = self.settings
-        losses = fit(
-            method, material, generator, clip.size, clip.device, s.precision, self.watcher.step, workers=s.workers
-        )
+        with stopping.held(working=True):
+            losses = fit(
+                method, material, generator, clip.size, clip.device, s.precision, self.watcher.step, workers=s.workers,
+                saver=self.saver(task.name),
+            )  # fmt: skip
         if losses.steps:
             clip.trained(f"trained {task.name}", method.parameters().values())
         return losses
@@ -65,7 +72,14 @@ class Teacher:
 
     def train(self, learner: Stepper, schedule: Schedule, draws: Iterator[Batch], name: str) -> Losses:
         """What a method is lent for a phase of its own: the run's device, precision and progress, and a place in the record."""
-        device = self.method.clip.device
-        losses = optimise(learner, schedule, draws, device, self.settings.precision, self.watcher.step, name)
+        device, saver = self.method.clip.device, self.saver(name)
+        with stopping.held(working=True):
+            for _ in range(saver.begin(learner)):
+                next(draws)
+            losses = optimise(learner, schedule, draws, device, self.settings.precision, self.watcher.step, name, saver)
         self.phases[name] = losses
         return losses
+
+    def saver(self, name: str) -> Saver:
+        """Who keeps the next training of the task."""
+        return self.steps.training(name) if self.steps else NOTHING_KEPT

@@ -3,7 +3,7 @@
 | role   | hooks                                                           | default                                       |
 |--------|-----------------------------------------------------------------|-----------------------------------------------|
 | learn  | ``begin_task`` ``parameters`` ``schedule`` ``step`` ``stepped`` | cross entropy, the published recipe           |
-|        | ``finish``                                                      |                                               |
+|        | ``finish`` ``pack_progress`` ``unpack_progress``                |                                               |
 | fuse   | ``start`` ``fuse`` ``experts`` ``base_expert``                  | go on from the last weights; answer with them |
 | answer | ``stands_on`` ``look`` ``calibrate`` ``logits`` ``finalize``    | cosine similarity to the classes' texts       |
 | brings | ``modules`` ``material`` ``State``                              | nothing                                       |
@@ -27,6 +27,7 @@ from perdure.core.registry import Registry, Row
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
 from perdure.methods.answering import Answering, Expert
+from perdure.methods.inside import Inside
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification, pairwise
 from perdure.training.fit import Backward, Learner, Losses, Stepper, optimise
@@ -42,7 +43,7 @@ class State:
     """What must outlive a task beyond weights and modules; the kinds of fields are those of ``perdure.core.packing``."""
 
 
-class Method(Answering, Learner):
+class Method(Answering, Inside, Learner):
     """Sequential fine-tuning, and the base of every method.
 
     ``bind`` gives it the model; then, a task: ``start``, ``begin_task``, steps, ``fuse``, ``calibrate``, ``predict``.
@@ -57,7 +58,7 @@ class Method(Answering, Learner):
     learns: ClassVar[bool] = True  # False: no task changes anything
     carries_weights: ClassVar[bool] = True  # False: ``start`` and ``experts`` never need the last task's weights
     reference: ClassVar[Literal["", "lower", "upper"]] = (
-        ""  # no contestant: what others are held to from below or above
+        ""  # no contestant: what others are held to, from below or above
     )
 
     clip: CLIP

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from perdure.core.packing import Packed
 from perdure.core.pixels import as_floats
 from perdure.data.files import crops
 from perdure.data.loader import ahead
 from perdure.data.task import Batch, Task
 from perdure.data.transforms import some_numbers
+from perdure.training.progress import NOTHING_KEPT, Place, Saver
 from perdure.training.record import LOOK, Losses, check_finite, check_reached, course
 from perdure.training.schedule import Schedule
 
@@ -61,6 +63,13 @@ class Stepper:
         """Whether to stop after so many steps, before the schedule ends."""
         return False
 
+    def pack_progress(self) -> Packed:
+        """What changes from step to step beside the parameters, as (tensors by file, plain values): see ``Method``."""
+        return {}, {}
+
+    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        """The inverse of ``pack_progress``, before the first step and when all is prepared as for the very first one."""
+
 
 class Learner(Stepper):
     """What ``fit`` asks of a method."""
@@ -92,26 +101,30 @@ def fit(
     precision: str = "fp32",
     on_step: OnStep | None = None,
     workers: int = 0,
+    saver: Saver = NOTHING_KEPT,
 ) -> Losses:
     """Train on one task; return every loss by name, one value a step.
 
     ``image_size``: the side of the augmented crops, in pixels. ``precision``: ``bf16`` computes under autocast, with the
     weights and the optimiser in fp32; ``fp32`` computes as stored. ``workers``: threads that read pictures ahead. Same
-    generator, same task, same bits, whatever their number.
+    generator, same task, same bits, whatever their number. ``saver``: who keeps the training as it goes, and knows where it
+    was broken off.
     """
     while True:
+        skipped = saver.begin(learner, generator)
         plan = learner.schedule(task).over(len(task.train))
-        with contextlib.closing(drawn(task, plan, generator, image_size, workers)) as draws:
-            losses = optimise(learner, plan, draws, device, precision, on_step, task.name)
+        with contextlib.closing(drawn(task, plan, generator, image_size, workers, skipped)) as draws:
+            losses = optimise(learner, plan, draws, device, precision, on_step, task.name, saver)
         if not losses.steps or not learner.again(task):
             learner.finish(task)
             return losses
 
 
 def drawn(
-    task: Task, plan: Schedule, generator: torch.Generator, image_size: int, workers: int = 0
+    task: Task, plan: Schedule, generator: torch.Generator, image_size: int, workers: int = 0, skipped: int = 0
 ) -> Generator[Batch, None, None]:
-    """The task's training images in batches without end, cropped at random where the plan says so."""
+    """The task's training images in batches without end, cropped at random where the plan says so. The first ``skipped`` are
+    drawn, here and now, and not read."""
     pixels, captions = task.train.pixels, task.train.captions
 
     def jobs() -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -122,28 +135,35 @@ def drawn(
         index, numbers = job
         return as_floats(pixels[index] if numbers is None else crops(pixels, index, image_size, numbers))
 
-    in_memory = isinstance(pixels, Tensor)  # nothing to wait for
-    for (index, _), images in ahead(jobs(), read, 0 if in_memory else workers, generator):
-        more = {} if captions is None else {"captions": tuple(captions[k] for k in index.tolist())}
-        yield Batch(images, task.train.labels[index], index=index, **more)
+    def batches_read(todo: Iterator[tuple[Tensor, Tensor | None]]) -> Generator[Batch, None, None]:
+        in_memory = isinstance(pixels, Tensor)  # nothing to wait for
+        for (index, _), images in ahead(todo, read, 0 if in_memory else workers, generator):
+            more = {} if captions is None else {"captions": tuple(captions[k] for k in index.tolist())}
+            yield Batch(images, task.train.labels[index], index=index, **more)
+
+    todo = jobs()
+    for _ in range(skipped):
+        next(todo)
+    return batches_read(todo)
 
 
 def optimise(
     learner: Stepper, plan: Schedule, draws: Iterator[Batch], device: torch.device, precision: str = "fp32",
-    on_step: OnStep | None = None, name: str = "features",
+    on_step: OnStep | None = None, name: str = "features", saver: Saver = NOTHING_KEPT,
 ) -> Losses:  # fmt: skip
     """Take ``plan.steps`` steps, or until the learner has ``enough``; return each loss over the steps.
 
-    Raises ``PerdureError`` within 50 steps where a loss is not finite or nothing can learn; ``name`` says of what.
+    Raises ``PerdureError`` within 50 steps where a loss is not finite or nothing can learn; ``name`` says of what. What
+    ``saver`` knows of an earlier beginning is gone on with; ``draws`` are those of the steps that are left.
     """
     parameters = dict(learner.parameters())
     if plan.steps == 0 or not parameters:
         return Losses()
     optimizer, trained = plan.optimizer_of(parameters), list(parameters.values())
-    record: list[dict[str, Tensor]] = []
-    reached = False
+    begun = saver.take_up(parameters, optimizer)
+    record, reached = begun.record, begun.reached
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
-        for step in range(plan.steps):
+        for step in range(begun.step, begun.step if begun.last else plan.steps):
             losses: dict[str, Tensor] = {}
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 learner.step(next(draws).to(device), Accumulator(parameters, losses))
@@ -161,6 +181,7 @@ def optimise(
             if last or (step + 1) % LOOK == 0:
                 check_finite(record, name)
                 check_reached(reached, step + 1, name)
+            saver.stepped(Place(step + 1, last, reached, record))
             if last:
                 break
     return course(record)

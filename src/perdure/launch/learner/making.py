@@ -23,7 +23,8 @@ from perdure.launch.sources import find_method
 from perdure.methods.base import Method
 
 METHOD = "ridge_patches"
-FOR_RUNS = ("tasks", "images", "shots", "class_order", "labels", "task_id")  # settings that a stream must be whole for
+# settings that a stream must be whole for, or that are of use where it is
+FOR_RUNS = ("tasks", "images", "shots", "class_order", "labels", "task_id", "save_every")
 GROWS = "grows"  # in the place of a run's split
 
 
