@@ -30,7 +30,7 @@ from perdure.models.clip import CLIP
 
 OWN = Path(__file__).parent / "own"
 SMALL: dict[str, Any] = {
-    "iterations": 5, "warmup": 1, "batch_size": 5, "reference": "drawings", "reference_batch": 4, "synthetic_batch": 5,
+    "iterations": 4, "warmup": 1, "batch_size": 4, "reference": "drawings", "reference_batch": 4, "synthetic_batch": 5,
     "features": 48, "judge": 16, "answer.features": 48,
 }  # fmt: skip
 SLCA = {"epochs": 2, "align_epochs": 1, "align_draws": 8}
@@ -107,7 +107,7 @@ class World:
         self.values = {**options, **known(name, SMALL), **{k: v for k, v in values.items() if k in options}}
         self.entry, self.clip, self.folder = entry, clip, folder
         shots = values.get("shots", 0)
-        self.stream = stream.few_shot(shots, 0).shortened(tasks=2, images=0 if shots else 15)
+        self.stream = stream.few_shot(shots, 0).shortened(tasks=2, images=0 if shots else 9)
         self.pairs = some_pairs(stream.shortened(tasks=3, images=12))
         self.done: list[tuple[Any, ...]] = []
 

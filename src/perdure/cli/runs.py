@@ -92,7 +92,7 @@ def meant(words: list[str], method: str, stream: str) -> str:
 def resume(
     run: Annotated[Path | None, typer.Argument(help="Folder of the run; none: list those in runs.")] = None,
 ) -> None:
-    """Go on with a run that was stopped, after its last good task."""
+    """Go on with a run that was stopped, after its last good task, and inside the next from its last save."""
     from perdure import launch
     from perdure.core.state import write_json
 

@@ -28,6 +28,10 @@ class Ear:
     """What was heard, and whether it can wait."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """As if nothing had been heard."""
         self.heard = 0  # the signal
         self.depth = 0  # of ``held``
         self.working = False  # whether the grace runs: a step may be broken off, a save may not
@@ -48,7 +52,7 @@ def listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    EAR.__init__()  # type: ignore[misc]
+    EAR.forget()
     kinds = (signal.SIGTERM, signal.SIGINT, *((signal.SIGALRM,) if hasattr(signal, "SIGALRM") else ()))
     before = {kind: signal.signal(kind, hear) for kind in kinds}
     try:
@@ -57,7 +61,7 @@ def listening() -> Iterator[None]:
         alarm(0)
         for kind, handler in before.items():
             signal.signal(kind, handler)
-        EAR.__init__()  # type: ignore[misc]
+        EAR.forget()
 
 
 def hear(number: int, frame: Any) -> None:

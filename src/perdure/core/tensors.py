@@ -89,7 +89,9 @@ class Stored(Mapping[str, Tensor]):
             about.pop("__metadata__", None)
             self.about = {name: place(one, room - length) for name, one in about.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise DamagedFile(f"{path} is damaged: its header is not that of a safetensors file.") from None
+            raise DamagedFile(
+                f"{path} is damaged: it is cut short, or has not the header of a safetensors file."
+            ) from None
         self.begin = 8 + length
 
     def __getitem__(self, name: str) -> Tensor:
@@ -100,6 +102,9 @@ class Stored(Mapping[str, Tensor]):
         if self.file.readinto(data) != end - begin:
             raise DamagedFile(f"{self.path} is damaged: it ends too early.")
         return tensor
+
+    def __deepcopy__(self, memo: Any) -> Stored:
+        return self  # nothing of it can change
 
     def shape(self, name: str) -> tuple[torch.dtype, list[int]]:
         """A tensor's type and shape; nothing is read for it."""
@@ -144,6 +149,22 @@ def stored(path: Path, sha256: str) -> Stored:
     if whole.hexdigest() != sha256:
         raise DamagedFile(f"{path} is damaged: its checksum is not the one recorded when it was written.")
     return found
+
+
+class Onto(Mapping[str, Tensor]):
+    """Tensors of a file, each brought to a device when it is asked for."""
+
+    def __init__(self, file: Mapping[str, Tensor], device: torch.device):
+        self.file, self.device = file, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file[name].to(self.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file)
+
+    def __len__(self) -> int:
+        return len(self.file)
 
 
 REMOVED = "removed.json"  # in a folder: which of its files were removed on purpose, and why

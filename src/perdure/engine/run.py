@@ -17,7 +17,7 @@ from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
 from perdure.core.state import as_json, digest, only_one, write_json
 from perdure.data.task import Context, Stream, Task
-from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
+from perdure.engine.checkpoint import Saved, folder_name, good_tasks, let_go, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent
 from perdure.engine.settings import ELSEWHERE, Settings, load_clip
@@ -112,6 +112,7 @@ class Loop:
         self.method.lend(self.teacher.train)
         if done:
             done[-1].restore(self.method)
+            done[-1].files = {}  # no second copy while the rest is learned
         else:
             self.keep(0, "before", hits, found, Losses(), (start, start))
 
@@ -165,6 +166,9 @@ class Loop:
         kept = self.records[-1]["files"] if self.records else {}
         self.records.append(save_task(self.folder, folder_name(number, name), self.method, hits, record, kept))
         self.rows.append(hits)
+        if self.settings.keep == "last":
+            earlier = [folder_name(k, one["task"]) for k, one in enumerate(self.records[:-1])]
+            let_go(self.folder, earlier, self.records[-1])
         write_json(self.folder / "metrics.json", self.metrics())
         self.watcher.row(*self.shown(hits))
 

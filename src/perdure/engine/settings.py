@@ -25,7 +25,8 @@ from perdure.models.recompute import by_blocks
 THREADS = torch.get_num_threads()  # before any run changes it
 # Where a run is computed, and how much of it at a time: no part of what it is, whatever that does to the last digits.
 ELSEWHERE = (
-    "device", "threads", "workers", "gradient_checkpointing", "accumulate", "evaluation_batch", "save_every"
+    "device", "threads", "workers", "gradient_checkpointing", "accumulate", "evaluation_batch", "save_every",
+    "keep",
 )  # fmt: skip
 
 
@@ -68,6 +69,10 @@ class Settings:
         AfterValidator(Every.checked),
         Field(description="how often a task is saved inside: steps (500), a time (10min, 30s, 2h), or never"),
     ] = "10min"
+    keep: Annotated[
+        Literal["all", "last"],
+        Field(description="weights and states on the disk: of all tasks, or of the last that is safe alone"),
+    ] = "all"
     tasks: Annotated[int, Field(ge=0, description="only the first tasks, for a quick look; 0: all")] = 0
     images: Annotated[
         int, Field(ge=0, description="at most so many images a task and side, for a quick look; 0: all")

@@ -24,7 +24,7 @@ from perdure.methods.base import Method
 
 METHOD = "ridge_patches"
 # settings that a stream must be whole for, or that are of use where it is
-FOR_RUNS = ("tasks", "images", "shots", "class_order", "labels", "task_id", "save_every")
+FOR_RUNS = ("tasks", "images", "shots", "class_order", "labels", "task_id", "save_every", "keep")
 GROWS = "grows"  # in the place of a run's split
 
 
