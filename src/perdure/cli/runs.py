@@ -9,7 +9,7 @@ import typer
 
 from perdure.cli.data import ImageKey, LabelKey, SplitKey, TaskKey, TextKey
 from perdure.cli.results import check_page, finish, page_of, read_metrics
-from perdure.core import processes
+from perdure.core import processes, stopping
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.terminal import console
@@ -41,7 +41,9 @@ def run(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, each a run in OUT/seed_N.")] = 1,
     out: Out = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that OUT holds.")] = False,
-    go_on: Annotated[bool, typer.Option("--resume", help="Go on with this very run, if OUT holds it.")] = False,
+    go_on: Annotated[
+        bool, typer.Option("--resume", help="Go on with this very run if OUT holds it; if it is done, say so.")
+    ] = False,
     report_to: ReportTo = "",
 ) -> None:
     """Learn the tasks of a stream one after another, and measure what was won and lost."""
@@ -68,7 +70,20 @@ def run(
         method, asked, folder, seed=seed, seeds=seeds, overwrite=overwrite, preset=preset,
         assignments=assignments or [], go_on=go_on,
     )  # fmt: skip
+    if go_on and done(folder):
+        said = f"{folder} holds this very run, done. Look at it with: perdure report {folder}"
+        console().print(said, markup=False, highlight=False, soft_wrap=True)
+        return
     resume(folder, report_to)
+
+
+def done(folder: Path) -> bool:
+    """Whether nothing is left to do of a run, or of any of its seeds."""
+    from perdure import launch
+
+    several = launch.seed_folders(folder)
+    written = not several or (folder / "metrics.json").exists()
+    return written and all(launch.is_finished(one) for one in several or [folder])
 
 
 def meant(words: list[str], method: str, stream: str) -> str:
@@ -85,7 +100,7 @@ def resume(
     run: Annotated[Path | None, typer.Argument(help="Folder of the run; none: list those in runs.")] = None,
     report_to: ReportTo = "",
 ) -> None:
-    """Go on with a run that was stopped, after its last good task."""
+    """Go on with a run that was stopped, after its last good task, and inside the next from its last save."""
     from perdure import launch
     from perdure.core.state import write_json
 
@@ -152,18 +167,19 @@ def demo(out: Out = None) -> None:
 
 
 def watched(folder: Path, report_to: str = "") -> None:
-    """Do the run in ``folder``, or go on with it, under a live view; Ctrl-C stops tidily."""
+    """Do the run in ``folder``, or go on with it, under a live view; SIGTERM and Ctrl-C stop tidily."""
     from perdure import launch
     from perdure.view import Screen
 
     config = launch.read_config(folder)
     screen = Screen(console(), f"{config['method']} on {config['stream']}, seed {config['seed']}")
     try:
-        with screen:
+        with stopping.listening(), screen:
             launch.resume(folder, screen, report_to=report_to)
-    except KeyboardInterrupt:
-        screen.say(f"\nStopped. Every task that was finished is kept. Go on with: {again(folder)}")
-        raise typer.Exit(130) from None
+    except stopping.Stopped as stop:
+        kept = f", and the one at hand up to {stop.saved}" if stop.saved else ""
+        screen.say(f"\nStopped. Every task that was finished is kept{kept}. Go on with: {again(folder)}")
+        raise typer.Exit(stop.code) from None
 
 
 def again(folder: Path) -> str:

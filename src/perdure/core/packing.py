@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
@@ -25,8 +25,42 @@ Packed = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]  # a state as (tens
 VAGUE = (Any, object, dict, list, tuple, set, frozenset)  # say nothing of what is inside
 
 
+LARGE = 1 << 26  # bytes from which frozen tensors stay in their file
+
+
 class Frozen(dict[str, Tensor]):
-    """Tensors that never change once they are made: a checkpoint writes them once, and names them again after that."""
+    """Tensors that never change once they are made: a checkpoint writes them once, and names them again after that.
+
+    Large ones then stay in that file (``file``), from which each is read when it is asked for.
+    """
+
+    file: Mapping[str, Tensor] | None = None
+
+    def stay_in(self, file: Mapping[str, Tensor]) -> None:
+        """Hold no tensor any more: ``file`` has the same."""
+        self.clear()
+        self.file = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        return super().__getitem__(name) if self.file is None else self.file[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__() if self.file is None else iter(self.file)
+
+    def __len__(self) -> int:
+        return super().__len__() if self.file is None else len(self.file)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) if self.file is None else name in self.file
+
+    def keys(self) -> Any:
+        return super().keys() if self.file is None else self.file.keys()
+
+    def values(self) -> Any:
+        return super().values() if self.file is None else self.file.values()
+
+    def items(self) -> Any:
+        return super().items() if self.file is None else self.file.items()
 
 
 def kinds(state: type) -> dict[str, Any]:
@@ -121,13 +155,27 @@ def unpack(state: type[S], files: Mapping[str, Mapping[str, Tensor]], values: Ma
             once = about.get("once", True)  # format 1 had one word for all entries
             once = once if isinstance(once, list) else about["entries"] if once else []
             kept = {entry: entry_of(files, name, entry) for entry in about["entries"]}
-            found[name] = {entry: (Frozen if entry in once else dict)(tensors) for entry, tensors in kept.items()}
+            found[name] = {
+                entry: tensors if isinstance(tensors, Frozen) else (Frozen if entry in once else dict)(tensors)
+                for entry, tensors in kept.items()
+            }
         elif name in values:
             try:
                 found[name] = kind.validate_python(about, strict=False)
             except ValidationError as error:
                 raise DamagedFile(f"The state '{name}' of {state.__qualname__} is damaged: {error}.") from None
     return state(**found)
+
+
+def frozen_files(values: Mapping[str, Any], mark: str = "") -> set[str]:
+    """The names of the files of a packed state, or of a composition's, whose tensors are ``Frozen``."""
+    found = set()
+    for name, about in values.items():
+        if isinstance(about, dict) and isinstance(about.get("once"), list) and "entries" in about:
+            found |= {f"{mark}{name}/{entry}" for entry in about["once"]}
+        elif isinstance(about, dict) and not mark:
+            found |= frozen_files(about, f"{name}.")
+    return found
 
 
 def entry_of(files: Mapping[str, Mapping[str, Tensor]], name: str, entry: str) -> Mapping[str, Tensor]:

@@ -8,11 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import Tensor
+from typing import Any, BinaryIO
 
 from perdure.core import processes
 from perdure.core.errors import DamagedFile, PerdureError
@@ -23,18 +19,25 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_bytes(path: Path, data: bytes) -> str:
-    """Write ``data`` so that ``path`` holds the old content or all of the new, never a part. Returns the sha256."""
+@contextlib.contextmanager
+def write_through(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, so that ``path`` holds the old content or, once all is on the disk, all of the new; never a part."""
     beside = path.with_name(f".{path.name}.writing")
     try:
         with open(beside, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> str:
+    """Write ``data`` so that ``path`` holds the old content or all of the new, never a part. Returns the sha256."""
+    with write_through(path) as file:
+        file.write(data)
     return digest(data)
 
 
@@ -86,14 +89,6 @@ def read_bytes(path: Path, sha256: str) -> bytes:
     if digest(data) != sha256:
         raise DamagedFile(f"{path} is damaged: its checksum is not the one recorded when it was written.")
     return data
-
-
-def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose sha256 is known; ``DamagedFile`` if it is missing or another."""
-    try:
-        return dict(load(read_bytes(path, sha256)))
-    except SafetensorError as error:
-        raise DamagedFile(f"{path} is damaged: {error}.") from None
 
 
 @contextlib.contextmanager

@@ -16,14 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+import torch
 from torch import Tensor
 
+from perdure.core import packing
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.packing import Frozen, Packed
-from perdure.core.state import digest, inside, read_json, read_tensors, sync_folder, write_bytes, write_json
+from perdure.core.state import digest, inside, read_json, sync_folder, write_json
+from perdure.core.tensors import REMOVED, Onto, Stored, read_tensors, stored, write_tensors
 from perdure.methods.base import Method
 
+SMALL = 1 << 16  # bytes: a file that is no larger is never worth removing
+WHY = (
+    "it was removed when the next task was safe (keep=last), so that this one can be neither exported nor gone back to; the "
+    "last one can"
+)
 OWN = ("weights", "modules", "hits", "hits_of_all", "pictures")  # files of a task that are not the method's state
 
 
@@ -42,11 +49,19 @@ class Saved:
     def restore(self, method: Method) -> None:
         """Put state, modules (which may be made from the state) and weights back into a bound method."""
         device, (state, values) = method.clip.device, self.packed()
-        here = {name: {key: tensor.to(device) for key, tensor in own.items()} for name, own in state.items()}
+        here = {name: brought(own, device) for name, own in state.items()}
         method.unpack_state(here, values)
         load_modules(method, self.files.get("modules", {}))
         if "weights" in self.files:
             method.clip.load_own_state(self.files["weights"], f"saved {self.folder.name}")
+
+
+def brought(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors on a device; those that stay in a file are brought there one at a time."""
+    if isinstance(tensors, Frozen) and tensors.file is not None:
+        tensors.stay_in(Onto(tensors.file, device))
+        return tensors
+    return {key: tensor.to(device) for key, tensor in tensors.items()}
 
 
 def module_state(method: Method) -> dict[str, Tensor]:
@@ -85,7 +100,8 @@ def save_task(
 ) -> dict[str, Any]:  # fmt: skip
     """Write a task's folder beside, then rename it: it exists whole or not at all. Returns the record as written.
 
-    A state file that an earlier task wrote once (an expert, say; named in ``kept``) is named again, not written again.
+    A file that the task before has too (named in ``kept``) is named again: one that never changes (an expert, say) is not
+    written, a larger one not kept twice.
     ``more``: further files of tensors by name.
     """
     files, values = method.pack_state()
@@ -105,21 +121,42 @@ def save_task(
                 continue
             path = f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', key.replace('/', '_'))}.safetensors"
             path = free_name(beside / path).name  # two tasks' names may differ in such characters alone
-            data = as_bytes(tensors)
-            written[key] = {"path": f"{name}/{path}", "sha256": write_bytes(beside / path, data), "bytes": len(data)}
+            sha256, size = write_tensors(beside / path, tensors)
+            written[key] = {"path": f"{name}/{path}", "sha256": sha256, "bytes": size}
+            if size > SMALL and sha256 == kept.get(key, {}).get("sha256"):
+                written[key] = kept[key]
+                (beside / path).unlink()
         record = {**record, "values": values, "files": written}
         write_json(beside / "state.json", {**record, "sha256": seal(record)})
         sync_folder(beside)
         os.replace(beside, run / name)
         sync_folder(run)
+        leave_in_files(run, files, written)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return record
 
 
-def as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """The content of a safetensors file that holds ``tensors``."""
-    return save(on_their_own(tensors))
+def leave_in_files(run: Path, files: Mapping[str, dict[str, Tensor]], written: Mapping[str, Any]) -> None:
+    """Let large tensors that never change stay in the files that were written of them."""
+    for key, tensors in files.items():
+        if isinstance(tensors, Frozen) and tensors.file is None and written[key]["bytes"] > packing.LARGE:
+            device = next(iter(tensors.values())).device
+            tensors.stay_in(Onto(Stored(run / written[key]["path"]), device))
+
+
+def let_go(run: Path, earlier: Sequence[str], record: Mapping[str, Any]) -> None:
+    """Remove the files of earlier tasks that the last one, whose ``record`` it is, does not name; hits, records and what is
+    small stay, and it is noted first which files go."""
+    named = {about["path"] for about in record["files"].values()}
+    for name in earlier:
+        files = [p for p in sorted((run / name).glob("*.safetensors")) if f"{name}/{p.name}" not in named]
+        gone = [p for p in files if p.name != "hits.safetensors" and p.stat().st_size > SMALL]
+        if gone:
+            known = read_json(run / name / REMOVED)["files"] if (run / name / REMOVED).exists() else []
+            write_json(run / name / REMOVED, {"files": sorted({*known, *(p.name for p in gone)}), "why": WHY})
+        for path in gone:
+            path.unlink()
 
 
 def on_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +191,13 @@ def read_task(folder: Path, tensors: bool) -> Saved:
     """
     record = read_record(folder)
     names = record["files"] if tensors else {"hits": record["files"]["hits"]}
-    files = {key: read_tensors(inside(folder.parent, about["path"]), about["sha256"]) for key, about in names.items()}
+    lean = {key for key in packing.frozen_files(record["values"]) if names.get(key, {}).get("bytes", 0) > packing.LARGE}
+    files: dict[str, dict[str, Tensor]] = {}
+    for key, about in names.items():
+        path, sha256 = inside(folder.parent, about["path"]), about["sha256"]
+        files[key] = Frozen() if key in lean else read_tensors(path, sha256)
+        if key in lean:
+            files[key].stay_in(stored(path, sha256))  # type: ignore[attr-defined]
     return Saved(folder, record, files)
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.pixels import Fit
-from perdure.core.state import inside, read_tensors
+from perdure.core.state import inside
+from perdure.core.tensors import read_tensors
 from perdure.data.files import Files
 from perdure.data.task import Class, Images, Probe, Query, Task
 from perdure.engine.checkpoint import Saved, free_name, read_record, read_task

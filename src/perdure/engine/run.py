@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perdure.core import processes
+from perdure.core import processes, stopping
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
 from perdure.core.state import as_json, digest, only_one, write_json
 from perdure.data.task import Context, Stream, Task
 from perdure.engine.alike import check_folder, settle
-from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
+from perdure.engine.checkpoint import Saved, folder_name, good_tasks, let_go, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent
 from perdure.engine.explained import explanations
 from perdure.engine.online import Between
 from perdure.engine.settings import ELSEWHERE, Settings, load_clip
+from perdure.engine.steps import Every, Steps, forget
 from perdure.engine.summary import summary
 from perdure.engine.teach import Teacher
 from perdure.engine.watcher import Watcher
@@ -53,6 +54,8 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
                 raise PerdureError(
                     f"{folder}/config.json was changed after {saved.folder.name} was run. Start a new run."
                 )
+        if processes.main():
+            forget(folder, [saved.folder.name for saved in done])
         loop = Loop(method, stream, config, settings, folder, watcher, done)
         loop.begin(clip, done)
         while loop.next_task():
@@ -124,6 +127,7 @@ class Loop:
         self.method.lend(self.teacher.train)
         if done:
             done[-1].restore(self.method)
+            done[-1].files = {}  # no second copy while the rest is learned
         else:
             self.keep(0, "before", hits, found, Losses(), (start, start))
 
@@ -138,23 +142,32 @@ class Loop:
             return False
         name = self.stream.tasks[number - 1].name
         self.watcher.learns(name, number)
-        task = self.to_learn(number)
+        task, steps = self.to_learn(number), self.steps(number, name)
         self.between.begins(number, task)
-        start = time.perf_counter()
-        losses = self.teacher.learn(task, number)
+        start = time.perf_counter() - steps.spent
+        losses = self.teacher.learn(task, number, None if self.settings.evaluate_every else steps)
         settle(self.method, name)
         trained = time.perf_counter()
         self.watcher.evaluates()
         held = self.method.clip.holds
         hits, found = self.evaluated(self.method, number)
         assert self.method.clip.holds == held, "an evaluation must leave the model as it was"
-        self.keep(number, name, hits, found, losses, (start, trained))
+        with stopping.held():
+            self.keep(number, name, hits, found, losses, (start, trained))
+            steps.done()
         return True
 
     def stepped(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
         """A step of a task is done."""
         self.watcher.step(step, total, losses)
         self.between.taken(step, total, losses)
+
+    def steps(self, number: int, name: str) -> Steps:
+        """Where a task's trainings are saved until it is done; one that is asked about while it learns is learned anew."""
+        files = self.records[-1].get("files", {})  # which the main process alone has written
+        after = processes.from_main(digest(as_json({key: about["sha256"] for key, about in sorted(files.items())})))
+        every = Every.read(self.settings.save_every)
+        return Steps(self.folder, folder_name(number, name), identities(self.config), after, every, self.watcher.warn)
 
     def keep(
         self, number: int, name: str, hits: dict[str, Tensor], found: dict[str, float], losses: Losses,
@@ -193,6 +206,9 @@ class Loop:
         self.records.append(record)
         self.rows.append(hits)
         if processes.main():
+            if self.settings.keep == "last":
+                earlier = [folder_name(k, one["task"]) for k, one in enumerate(self.records[:-1])]
+                let_go(self.folder, earlier, self.records[-1])
             write_json(self.folder / "metrics.json", self.metrics())
         self.watcher.row(*self.shown(hits))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from perdure.core.config import options, resolve
 from perdure.core.errors import PerdureError
@@ -18,12 +18,16 @@ from perdure.core.precision import precision_of
 from perdure.core.state import read_json
 from perdure.data.splits import recut, reordered, tasks_reordered
 from perdure.data.task import Stream
+from perdure.engine.steps import Every
 from perdure.models.clip import CLIP
 from perdure.models.recompute import by_blocks
 
 THREADS = torch.get_num_threads()  # before any run changes it
 # Where a run is computed, and how much of it at a time: no part of what it is, whatever that does to the last digits.
-ELSEWHERE = ("device", "threads", "workers", "gradient_checkpointing", "accumulate", "evaluation_batch")
+ELSEWHERE = (
+    "device", "threads", "workers", "gradient_checkpointing", "accumulate", "evaluation_batch", "save_every",
+    "keep",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,16 @@ class Settings:
     evaluation_batch: Annotated[
         int, Field(ge=1, le=10**6, description="images at a time in evaluation and for features; the same answers")
     ] = 256
+    save_every: Annotated[
+        str,
+        BeforeValidator(str),
+        AfterValidator(Every.checked),
+        Field(description="how often a task is saved inside: steps (500), a time (10min, 30s, 2h), or never"),
+    ] = "10min"
+    keep: Annotated[
+        Literal["all", "last"],
+        Field(description="weights and states on the disk: of all tasks, or of the last that is safe alone"),
+    ] = "all"
     tasks: Annotated[int, Field(ge=0, description="only the first tasks, for a quick look; 0: all")] = 0
     images: Annotated[
         int, Field(ge=0, description="at most so many images a task and side, for a quick look; 0: all")

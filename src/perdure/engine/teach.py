@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from perdure.core import stopping
 from perdure.core.seeding import reseed
 from perdure.data.task import Batch, Task
 from perdure.engine.settings import Settings
+from perdure.engine.steps import Steps
 from perdure.engine.watcher import Watcher
 from perdure.methods.base import Method
 from perdure.training.fit import Losses, OnStep, Stepper, fit, optimise
+from perdure.training.progress import NOTHING_KEPT, Saver
 from perdure.training.schedule import Schedule
 
 
@@ -27,10 +30,12 @@ class Teacher:
         self.method, self.seed, self.settings, self.watcher = method, seed, settings, watcher
         self.phases: dict[str, Losses] = {}
         self.stepped = watcher.step  # hears of each step of a task
+        self.steps: Steps | None = None
 
-    def learn(self, task: Task | None, number: int) -> Losses:
-        """Learn ``task`` as number 1, 2, …; return its losses, one value a step by name. None: there is nothing to learn."""
-        method = self.method
+    def learn(self, task: Task | None, number: int, steps: Steps | None = None) -> Losses:
+        """Learn ``task`` as number 1, 2, …; return its losses, one value a step by name. None: there is nothing to learn.
+        ``steps``: where its trainings are saved as they go, and gone on with."""
+        method, self.steps = self.method, steps
         generator, self.phases = reseed(self.seed, number), {}
         if task is None or not method.learns:
             return Losses()
@@ -51,7 +56,11 @@ class Teacher:
         method.begin_task(material)
         s = self.settings
         heard = self.told(task.name, lambda: method.schedule(material).over(len(material.train)), self.stepped)
-        losses = fit(method, material, generator, clip.size, clip.device, s.precision, heard, workers=s.workers)
+        with stopping.held(working=True):
+            losses = fit(
+                method, material, generator, clip.size, clip.device, s.precision, heard, workers=s.workers,
+                saver=self.saver(task.name),
+            )  # fmt: skip
         if losses.steps:
             clip.trained(f"trained {task.name}", method.parameters().values())
         return losses
@@ -66,8 +75,12 @@ class Teacher:
 
     def train(self, learner: Stepper, schedule: Schedule, draws: Iterator[Batch], name: str) -> Losses:
         """What a method is lent for a phase of its own: the run's device, precision and progress, and a place in the record."""
-        device, heard = self.method.clip.device, self.told(name, lambda: schedule, self.watcher.step)
-        losses = optimise(learner, schedule, draws, device, self.settings.precision, heard, name)
+        device, saver = self.method.clip.device, self.saver(name)
+        heard = self.told(name, lambda: schedule, self.watcher.step)
+        with stopping.held(working=True):
+            for _ in range(saver.begin(learner)):
+                next(draws)
+            losses = optimise(learner, schedule, draws, device, self.settings.precision, heard, name, saver)
         self.phases[name] = losses
         return losses
 
@@ -82,3 +95,7 @@ class Teacher:
             heard(step, total, losses)
 
         return step
+
+    def saver(self, name: str) -> Saver:
+        """Who keeps the next training of the task."""
+        return self.steps.training(name) if self.steps else NOTHING_KEPT

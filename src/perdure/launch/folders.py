@@ -99,7 +99,9 @@ def make_folder(folder: Path, config: Mapping[str, Any], overwrite: bool) -> Non
 
 def own_files(folder: Path) -> list[Path]:
     """What perdure wrote of a run into its folder, pairs and reports left out."""
-    tasks = [p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"(damaged_|\.)?task_\d+_.*", p.name)]
+    tasks = [
+        p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"(damaged_)?(begun_)?(\.)?task_\d+_.*", p.name)
+    ]
     return sorted([*tasks, *(p for n in ("config.json", "metrics.json", ANALYSIS) if (p := folder / n).exists())])
 
 

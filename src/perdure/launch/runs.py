@@ -167,7 +167,7 @@ def resume(
     folder: str | Path, watcher: Watcher | Sequence[Watcher] | None = None, *,
     method: str | type[Method] | None = None, stream: Asked | None = None, report_to: str | Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Go on with the run in ``folder`` after its last good task; return the metrics.
+    """Go on with the run in ``folder`` after its last good task, and inside the next from its last save; return the metrics.
 
     ``method`` and ``stream``: what a run of objects was begun with; else they are found again. ``report_to``: trackers by name.
     """

@@ -3,7 +3,7 @@
 | role   | hooks                                                           | default                                       |
 |--------|-----------------------------------------------------------------|-----------------------------------------------|
 | learn  | ``begin_task`` ``parameters`` ``schedule`` ``step`` ``stepped`` | cross entropy, the published recipe           |
-|        | ``finish``                                                      |                                               |
+|        | ``finish`` ``pack_progress`` ``unpack_progress``                |                                               |
 | fuse   | ``start`` ``fuse`` ``experts`` ``base_expert``                  | go on from the last weights; answer with them |
 | answer | ``stands_on`` ``look`` ``calibrate`` ``logits`` ``finalize``    | cosine similarity to the classes' texts       |
 | brings | ``modules`` ``material`` ``State``                              | nothing                                       |
@@ -27,6 +27,7 @@ from perdure.core.registry import Registry, Row
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
 from perdure.methods.answering import Answering, Expert, Reason
+from perdure.methods.inside import Inside
 from perdure.models.clip import CLIP
 from perdure.training.contrastive import check_loss, of_captions, of_classes
 from perdure.training.fit import Backward, Learner, Losses, Stepper, optimise
@@ -43,7 +44,7 @@ class State:
     """What must outlive a task beyond weights and modules; the kinds of fields are those of ``perdure.core.packing``."""
 
 
-class Method(Answering, Learner):
+class Method(Answering, Inside, Learner):
     """Sequential fine-tuning, and the base of every method.
 
     ``bind`` gives it the model; then, a task: ``start``, ``begin_task``, steps, ``fuse``, ``calibrate``, ``predict``.

@@ -84,6 +84,12 @@ class Compose(Method):
     def material(self, task: Task) -> Task:
         return self.learn.material(task)
 
+    def pack_progress(self) -> Packed:
+        return self.learn.pack_progress()
+
+    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        self.learn.unpack_progress(files, values)
+
     def lend(self, trainer: Trainer) -> None:
         for part in self.parts.values():
             part.lend(trainer)

@@ -21,15 +21,16 @@ sides are distilled whatever ``sides`` says, which L_ITA alone still minds).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
+from perdure.core.packing import Packed
 from perdure.core.seeding import derive
 from perdure.core.weights import interpolate, original
 from perdure.data.task import Batch, Context, Task
@@ -179,6 +180,21 @@ class GIFT(Method):
         if c.positive_pull:
             losses["pull"] = c.positive_pull * positive_pull(student_i, student_t)
         return losses
+
+    def pack_progress(self) -> Packed:
+        """The step, F where it is a mean over steps, and the pile of the release."""
+        files, values = super().pack_progress()
+        told = {name: f for name, f in self.fisher.items() if isinstance(f, Tensor)}
+        constant = {name: f for name, f in self.fisher.items() if not isinstance(f, Tensor)}
+        return {**files, "fisher": told, "pile": self.pile}, {**values, "step": self.step_number, "fisher": constant}
+
+    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        super().unpack_progress(files, values)
+        here, self.step_number = self.clip.device, values["step"]
+        self.fisher = {**values["fisher"], **{name: f.to(here) for name, f in files.get("fisher", {}).items()}}
+        self.pile = {name: g.to(here) for name, g in files.get("pile", {}).items()}
+        for _ in range(self.step_number if self.replays else 0):
+            next(self.order)
 
     # ---- consolidation
 

@@ -19,14 +19,16 @@ What is remembered is the numbers of images, which outlive a task and a resume; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
+from torch import Tensor
 
 from perdure.core.errors import PerdureError
+from perdure.core.packing import Packed
 from perdure.data.files import Pixels, joined, take
 from perdure.data.task import Batch, Context, Task
 from perdure.methods.base import Method, Recipe, State, register
@@ -115,6 +117,14 @@ class ICaRL(Method):
         """One batch of the task and one of the memory, through the image tower together."""
         images, losses = self.distiller.forward(batch.images)
         backward(task=self.classify(images, batch.labels, batch.get("captions")), **losses)
+
+    def pack_progress(self) -> Packed:
+        files, values = super().pack_progress()
+        return files, {**values, "shown": self.distiller.shown}
+
+    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        super().unpack_progress(files, values)
+        self.distiller.skip(values["shown"])
 
     def again(self, task: Task) -> bool:
         """After the last step, before the weights are fused: remember the task."""

@@ -117,7 +117,6 @@ class MGCLIP(Method):
     State = Learned
     role_options = {"answer": Compensation}
     state: Learned
-    searching = False
 
     # ---- preserve
 
@@ -132,12 +131,15 @@ class MGCLIP(Method):
         if c.freeze_A:
             self.freeze()
         self.by_epochs = not c.iterations
-        self.searching = self.by_epochs and not c.epochs and not self.state.epochs
         self.per_epoch = -(-len(task.train) // c.batch_size)
         if self.searching:
             self.task, self.state.changes = task, []
             self.initial = {n: p.detach().clone() for n, p in self.parameters().items()}
             self.negative = self.negative_mean(task)
+
+    @property
+    def searching(self) -> bool:
+        return self.by_epochs and not self.config.epochs and not self.state.epochs
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -185,7 +187,6 @@ class MGCLIP(Method):
         self.state.epochs = max(1, len(changes) - (changes[-1] > self.config.gap_change))
         for name, parameter in self.parameters().items():
             parameter.copy_(self.initial[name])
-        self.searching = False
         return True
 
     # ---- compensate

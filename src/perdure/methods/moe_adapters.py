@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from perdure.core import processes
 from perdure.core.errors import PerdureError
+from perdure.core.packing import Packed
 from perdure.core.paths import expanded
 from perdure.data.files import Files, Pixels
 from perdure.data.folders import pictures
@@ -140,8 +141,7 @@ class MoEAdapters(Method):
         if self.config.routers == "one":
             return (Expert(self.router_name(0), {}),)
         if query.task is not None:
-            own = query.task < learned
-            return (Expert(self.router_name(query.task), {}),) if own else (self.base_expert(),)
+            return (Expert(self.router_name(query.task), {}) if query.task < learned else self.base_expert(),)
         self.load_expert(self.base_expert())
         chosen = self.selector.choose(query.images)
         routed = [Expert(self.router_name(k), {}, (chosen == k + 1).float()) for k in range(learned)]
@@ -182,6 +182,15 @@ class MoEAdapters(Method):
         """Count which experts are taken, or not."""
         for mixture in self.mixtures.values():
             mixture.counting = on
+
+    def pack_progress(self) -> Packed:
+        files, values = super().pack_progress()
+        return files, {**values, "counts": {name: mixture.counts for name, mixture in self.mixtures.items()}}
+
+    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        super().unpack_progress(files, values)
+        for name, mixture in self.mixtures.items():
+            mixture.counts = list(values["counts"][name])
 
     def finish(self, task: Task) -> None:
         state = self.state
@@ -233,11 +242,10 @@ class MoEAdapters(Method):
 
     def reference_images(self) -> Pixels | None:
         """The reference set's images, drawn where they are."""
-        if self.strangers is None:
+        kept = self.strangers
+        if kept is None:
             self.context.warn("The selector has no reference set: what fits no task is told by the thresholds alone.")
-        return (
-            self.strangers.pairs("reference set", []).images if isinstance(self.strangers, Replay) else self.strangers
-        )
+        return kept.pairs("reference set", []).images if isinstance(kept, Replay) else kept
 
     # ---- what it has to say, and state
 

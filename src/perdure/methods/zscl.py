@@ -26,6 +26,7 @@ nothing is distilled; here they never do. With adapters, anchor and mean are tho
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Annotated, Any, Literal
@@ -35,6 +36,7 @@ from pydantic import Field
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
+from perdure.core.packing import Packed
 from perdure.core.seeding import derive
 from perdure.data.task import Batch, Context, Task
 from perdure.methods.base import METHODS, Method, Recipe, Row, register
@@ -153,6 +155,19 @@ class ZSCL(Method):
             self.mean[name].lerp_(parameter, 1 / (self.joined + 1))
             if c.average == "we_wise":
                 self.mean[name].lerp_(self.anchor[name], 1 - c.wise_alpha)
+
+    def pack_progress(self) -> Packed:
+        files, values = super().pack_progress()
+        moving = {"goal": self.goal} if self.config.moving_towards == "last" else {}
+        return {**files, "mean": self.mean, **moving}, {**values, "joined": self.joined, "shown": self.distiller.shown}
+
+    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        super().unpack_progress(files, values)
+        here = self.clip.device
+        self.mean = {name: mean.to(here) for name, mean in files.get("mean", {}).items()}
+        self.goal = {**self.goal, **{name: goal.to(here) for name, goal in files.get("goal", {}).items()}}
+        self.joined = values["joined"]
+        self.distiller.skip(values["shown"])
 
     @torch.no_grad()
     def again(self, task: Task) -> bool:

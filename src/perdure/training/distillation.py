@@ -93,10 +93,11 @@ class Distiller:
         self.taught: Taught | None = None
         self.ids: Tensor | None = None
         self.plan: Iterator[Tensor] | None = None
+        self.shown = 0  # steps of the plan that were taken
 
     def rest(self) -> None:
         """Distil nothing until ``begin``."""
-        self.plan = None
+        self.plan, self.shown = None, 0
 
     def begin(self, pixels: Pixels, ids: Tensor, plan: Sequence[Tensor]) -> None:
         """Let the teacher see the texts ``ids`` (M, L) and ``pixels``; ``plan``: the numbers of those that each step shows.
@@ -114,7 +115,13 @@ class Distiller:
                 self.texts = torch.cat(
                     [self.clip.encode_tokens(some) for some in ids.split(self.clip.evaluation_batch)]
                 )
-        self.plan = iter(plan)
+        self.plan, self.shown = iter(plan), 0
+
+    def skip(self, steps: int) -> None:
+        """Go on after so many steps of the plan."""
+        self.shown = steps
+        for _ in range(steps if self.plan else 0):
+            next(self.plan)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def teacher(self) -> Iterator[None]:
@@ -133,6 +140,7 @@ class Distiller:
             return self.clip.encode_image(images), {}
         assert self.taught is not None
         index = next(self.plan)
+        self.shown += 1
         shown = self.clip.sized(self.taught.pixels[index])
         embedded = self.clip.encode_image(torch.cat([self.clip.sized(images), shown]))
         own, student = embedded.split([len(images), len(index)])

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from perdure.core import processes
+from perdure.core.packing import Packed
 from perdure.data.files import crops
 from perdure.data.loader import ahead
 from perdure.data.task import Batch, Task
 from perdure.data.transforms import some_numbers
 from perdure.training.processes import averaged, whole
+from perdure.training.progress import NOTHING_KEPT, Place, Saver
 from perdure.training.record import LOOK, Losses, check_finite, check_reached, course
 from perdure.training.schedule import Schedule
 
@@ -79,6 +81,13 @@ class Stepper:
         """Whether to stop after so many steps, before the schedule ends."""
         return False
 
+    def pack_progress(self) -> Packed:
+        """What changes from step to step beside the parameters, as (tensors by file, plain values): see ``Method``."""
+        return {}, {}
+
+    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        """The inverse of ``pack_progress``, before the first step and when all is prepared as for the very first one."""
+
 
 class Learner(Stepper):
     """What ``fit`` asks of a method."""
@@ -110,27 +119,31 @@ def fit(
     precision: str = "fp32",
     on_step: OnStep | None = None,
     workers: int = 0,
+    saver: Saver = NOTHING_KEPT,
 ) -> Losses:
     """Train on one task; return every loss by name, one value a step.
 
     ``image_size``: the side of the augmented crops, in pixels. ``precision``: ``bf16`` computes under autocast, with the
     weights and the optimiser in fp32; ``fp32`` computes as stored. ``workers``: threads that read pictures ahead. Same
-    generator, same task, same bits, whatever their number.
+    generator, same task, same bits, whatever their number. ``saver``: who keeps the training as it goes, and knows where it
+    was broken off.
     """
     while True:
+        skipped = saver.begin(learner, generator)
         plan = learner.schedule(task).over(len(task.train))
-        with contextlib.closing(drawn(task, plan, generator, image_size, workers)) as draws:
-            losses = optimise(learner, plan, draws, device, precision, on_step, task.name)
+        with contextlib.closing(drawn(task, plan, generator, image_size, workers, skipped)) as draws:
+            losses = optimise(learner, plan, draws, device, precision, on_step, task.name, saver)
         if not losses.steps or not learner.again(task):
             learner.finish(task)
             return losses
 
 
 def drawn(
-    task: Task, plan: Schedule, generator: torch.Generator, image_size: int, workers: int = 0
+    task: Task, plan: Schedule, generator: torch.Generator, image_size: int, workers: int = 0, skipped: int = 0
 ) -> Generator[Batch, None, None]:
-    """The task's training images in batches without end, cropped at random where the plan says so. Of pictures in files,
-    processes that share a run read each its rows of a batch (see ``processes.whole``)."""
+    """The task's training images in batches without end, cropped at random where the plan says so. The first ``skipped`` are
+    drawn, here and now, and not read. Of pictures in files, processes that share a run read each its rows of a batch (see
+    ``processes.whole``)."""
     pixels, captions = task.train.pixels, task.train.captions
     in_memory = isinstance(pixels, Tensor)  # nothing to wait for
     parts = processes.sharing() and not in_memory
@@ -146,29 +159,36 @@ def drawn(
             index, numbers = index[own], None if numbers is None else numbers[..., own]
         return pixels[index] if numbers is None else crops(pixels, index, image_size, numbers)
 
-    for (index, _), images in ahead(jobs(), read, 0 if in_memory else workers, generator):
-        more: dict[str, Any] = {} if captions is None else {"captions": tuple(captions[k] for k in index.tolist())}
-        more |= {"parts": len(index)} if parts else {}
-        yield Batch(images, task.train.labels[index], index=index, **more)
+    def batches_read(todo: Iterator[tuple[Tensor, Tensor | None]]) -> Generator[Batch, None, None]:
+        for (index, _), images in ahead(todo, read, 0 if in_memory else workers, generator):
+            more: dict[str, Any] = {} if captions is None else {"captions": tuple(captions[k] for k in index.tolist())}
+            more |= {"parts": len(index)} if parts else {}
+            yield Batch(images, task.train.labels[index], index=index, **more)
+
+    todo = jobs()
+    for _ in range(skipped):
+        next(todo)
+    return batches_read(todo)
 
 
 def optimise(
     learner: Stepper, plan: Schedule, draws: Iterator[Batch], device: torch.device, precision: str = "fp32",
-    on_step: OnStep | None = None, name: str = "features",
+    on_step: OnStep | None = None, name: str = "features", saver: Saver = NOTHING_KEPT,
 ) -> Losses:  # fmt: skip
     """Take ``plan.steps`` steps, or until the learner has ``enough``; return each loss over the steps.
 
-    Raises ``PerdureError`` within 50 steps where a loss is not finite or nothing can learn; ``name`` says of what.
+    Raises ``PerdureError`` within 50 steps where a loss is not finite or nothing can learn; ``name`` says of what. What
+    ``saver`` knows of an earlier beginning is gone on with; ``draws`` are those of the steps that are left.
     """
     parameters = dict(learner.parameters())
     if plan.steps == 0 or not parameters:
         return Losses()
     optimizer, trained = plan.optimizer_of(parameters), list(parameters.values())
-    record: list[dict[str, Tensor]] = []
-    reached = False
+    begun = saver.take_up(parameters, optimizer)
+    record, reached = begun.record, begun.reached
     # whatever the caller has switched off
     with torch.inference_mode(False), torch.enable_grad(), learner.regularised() as more:
-        for step in range(plan.steps):
+        for step in range(begun.step, begun.step if begun.last else plan.steps):
             losses: dict[str, Tensor] = {}
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 learner.step(whole(next(draws), device), Accumulator(parameters, losses, more))
@@ -186,6 +206,7 @@ def optimise(
             if last or (step + 1) % LOOK == 0:
                 check_finite(record, name)
                 check_reached(reached, step + 1, name)
+            saver.stepped(Place(step + 1, last, reached, record))
             if last:
                 break
     return course(record)

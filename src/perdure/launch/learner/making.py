@@ -33,7 +33,9 @@ FOR_RUNS = (
     "task_id",
     "online",
     "evaluate_every",
-)  # settings that a stream must be whole for
+    "save_every",
+    "keep",
+)  # settings that a stream must be whole for, or that are of use where it is
 GROWS = "grows"  # in the place of a run's split
 
 

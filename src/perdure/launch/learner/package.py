@@ -21,7 +21,8 @@ from perdure.benchmarks import mini
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
-from perdure.core.state import digest, read_json, read_tensors, write_json
+from perdure.core.state import digest, read_json, write_json
+from perdure.core.tensors import read_tensors
 from perdure.data.task import Query
 from perdure.engine.checkpoint import Saved, module_state, on_their_own
 from perdure.engine.home import Learned

@@ -12,10 +12,10 @@ from perdure.benchmarks import mini
 from perdure.benchmarks.folder import load_folder
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
-from perdure.core.state import inside, read_tensors, write_bytes
+from perdure.core.state import inside
+from perdure.core.tensors import read_tensors, write_tensors
 from perdure.data.files import Files
 from perdure.data.task import Class, Images, Probe
-from perdure.engine.checkpoint import as_bytes
 from perdure.engine.home import read_classes, written
 from perdure.models.clip import CLIP
 from perdure.synthesis.store import Store
@@ -70,7 +70,7 @@ def keep_probe(folder: Path, config: dict[str, Any], clip: CLIP) -> None:
     if about["kind"] != "pictures" or keep != "pictures":
         return
     test = read_probe(Path(about["folder"])).test.at(*clip.view)
-    about["sha256"] = write_bytes(folder / PROBE, as_bytes({"pixels": test.pixels[:], "labels": test.labels}))
+    about["sha256"], _ = write_tensors(folder / PROBE, {"pixels": test.pixels[:], "labels": test.labels})
 
 
 def probe_of(folder: Path, config: Mapping[str, Any], clip: CLIP) -> Probe | None:
