@@ -7,19 +7,16 @@ learner says what is trained, for how long, and what one step's losses are.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from perdure.core import processes
 from perdure.core.packing import Packed
-from perdure.data.files import crops
-from perdure.data.loader import ahead
 from perdure.data.task import Batch, Task
-from perdure.data.transforms import some_numbers
+from perdure.training.draws import drawn
 from perdure.training.processes import averaged, whole
 from perdure.training.progress import NOTHING_KEPT, Place, Saver
 from perdure.training.record import LOOK, Losses, check_finite, check_reached, course
@@ -104,12 +101,6 @@ class Learner(Stepper):
         """When training is over, before anything is fused: what is left to do with what was learned."""
 
 
-def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index batches without end; every epoch a new order, a last short batch kept."""
-    while True:
-        yield from torch.randperm(count, generator=generator).split(size)
-
-
 def fit(
     learner: Learner,
     task: Task,
@@ -136,39 +127,6 @@ def fit(
         if not losses.steps or not learner.again(task):
             learner.finish(task)
             return losses
-
-
-def drawn(
-    task: Task, plan: Schedule, generator: torch.Generator, image_size: int, workers: int = 0, skipped: int = 0
-) -> Generator[Batch, None, None]:
-    """The task's training images in batches without end, cropped at random where the plan says so. The first ``skipped`` are
-    drawn, here and now, and not read. Of pictures in files, processes that share a run read each its rows of a batch (see
-    ``processes.whole``)."""
-    pixels, captions = task.train.pixels, task.train.captions
-    in_memory = isinstance(pixels, Tensor)  # nothing to wait for
-    parts = processes.sharing() and not in_memory
-
-    def jobs() -> Iterator[tuple[Tensor, Tensor | None]]:
-        for index in batches(len(task.train), plan.batch_size, generator):
-            yield index, some_numbers(len(index), generator) if plan.augment else None
-
-    def read(job: tuple[Tensor, Tensor | None]) -> Tensor:
-        index, numbers = job
-        if parts:
-            own = processes.worked(len(index))
-            index, numbers = index[own], None if numbers is None else numbers[..., own]
-        return pixels[index] if numbers is None else crops(pixels, index, image_size, numbers)
-
-    def batches_read(todo: Iterator[tuple[Tensor, Tensor | None]]) -> Generator[Batch, None, None]:
-        for (index, _), images in ahead(todo, read, 0 if in_memory else workers, generator):
-            more: dict[str, Any] = {} if captions is None else {"captions": tuple(captions[k] for k in index.tolist())}
-            more |= {"parts": len(index)} if parts else {}
-            yield Batch(images, task.train.labels[index], index=index, **more)
-
-    todo = jobs()
-    for _ in range(skipped):
-        next(todo)
-    return batches_read(todo)
 
 
 def optimise(
