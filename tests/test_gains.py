@@ -43,6 +43,8 @@ def settings(method: str) -> dict[str, Any]:
         values.update(experts=4, lr=5e-3, reference="none", selector_steps=20)
     if method == "mg_clip":
         values.update(iterations=0, warmup=0, epochs=8, lr=1e-2)
+    if method in ("experience_replay", "ocl_sda"):
+        values.update(epochs=0, memory=40, replayed=4, batch_size=16)  # as many steps as the others
     if method == "rapf":
         values.update(lr=5e-3)
     if method == "slca":
@@ -54,6 +56,12 @@ def settings(method: str) -> dict[str, Any]:
         values.update(lr=2e-3, rotation_block=64)
     if method == "cgil":
         values.update(lr=1e-2, epochs=6, draws=64, batch_size=128, replay="full", images=128)
+    if method == "clg_cbm":
+        values.update(lr=1e-2, epochs=12, search_epochs=5, per_class=4)
+    if method == "td_vcl":
+        values.update(lr=5e-3)
+    if method == "taalm":
+        values.update(lr=5e-3, meta_source="own", meta_steps=4, meta_batch=1)
     known = {**launch.method_options(launch.method_entry(method)), **options(Settings)}
     return {key: value for key, value in values.items() if key in known}
 

@@ -30,7 +30,7 @@ from perdure.training.fit import Accumulator
 OWN = str(Path(__file__).parent / "own" / "prompt.py")  # a module inside a tower
 # These take no steps on images. KeepLoRA begins where the singular vectors of a gradient point, and the last digits turn those;
 # the noise of MoE-Adapters' routers is drawn a part at a time.
-NO_STEPS = ("zero_shot", "ncm", "rapf", "cgil", "slca", "keep_lora", "moe_adapters")
+NO_STEPS = ("zero_shot", "ncm", "rapf", "cgil", "slca", "keep_lora", "moe_adapters", "clg_cbm")
 LEARNERS = [
     e.name for e in launch.methods()
     if "role" not in e.about and "batch_size" in launch.method_options(e) and not isinstance(e.value, Row)
@@ -71,6 +71,7 @@ def step(clip: CLIP, stream: Stream, name: str, parts: int = 1, blocks: bool = F
         "label_smoothing": 0.1,
         "lora_init": "random",
         "reference": "drawings",
+        "meta_steps": 0,
         **values,
     }
     reseed(0, "bind")
@@ -89,7 +90,8 @@ def step(clip: CLIP, stream: Stream, name: str, parts: int = 1, blocks: bool = F
     losses: dict[str, Tensor] = {}
     alive = Alive(clip)
     learner.step(
-        Batch(task.train.pixels[rows] / 255, task.train.labels[rows]), Accumulator(learner.parameters(), losses)
+        Batch(task.train.pixels[rows] / 255, task.train.labels[rows], index=rows),
+        Accumulator(learner.parameters(), losses),
     )
     return losses, {n: p.grad for n, p in learner.parameters().items() if p.grad is not None}, alive.most
 

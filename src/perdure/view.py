@@ -146,14 +146,14 @@ class Screen(Watcher):
 
 
 COLUMNS = ("transfer", "average", "last", "forgetting")
-INCREMENTAL = ("incremental_average", "incremental_last")
-BASE_NEW = ("performance_drop", "base", "new", "harmonic_mean")
+WHERE_KNOWN = (
+    "incremental_average", "incremental_last", "anytime", "performance_drop", "base", "new", "harmonic_mean",
+)  # fmt: skip
 
 
 def summary(runs: Sequence[Mapping[str, Any]], console: Console) -> RenderableType:
     """The figures that papers print, a row a run: with intervals where there is room, else without, else a block a run."""
-    columns = [*COLUMNS, *(INCREMENTAL if any(r.get(INCREMENTAL[0]) is not None for r in runs) else ())]
-    columns += [name for name in BASE_NEW if any(r.get(name) is not None for r in runs)]
+    columns = [*COLUMNS, *(c for c in WHERE_KNOWN if any(r.get(c) is not None for r in runs))]
     roomy = console.options.update(width=10_000)
     for intervals in (True, False):
         table = figures(runs, columns, intervals)
@@ -191,9 +191,9 @@ def block(run: Mapping[str, Any], columns: Sequence[str]) -> Text:
 
 
 def named(run: Mapping[str, Any]) -> str:
-    """The method, and of how many seeds."""
+    """The method, or what a sweep calls the setting, and of how many seeds."""
     seeds = f" ({len(run['seed'])} seeds)" if isinstance(run["seed"], list) else ""
-    return escape(run["method"] + seeds)
+    return escape(run.get("label", run["method"]) + seeds)
 
 
 def probe_of(run: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,7 +115,7 @@ def generate(
 def read_metrics(run: Path) -> dict[str, Any]:
     """The metrics of a run folder, or of a metrics.json file."""
     from perdure.core.state import read_json
-    from perdure.launch.folders import refuse_home
+    from perdure.launch.folders import ANALYSIS, refuse_home
 
     path = run / "metrics.json" if run.is_dir() else run
     if not run.exists():
@@ -126,7 +127,8 @@ def read_metrics(run: Path) -> dict[str, Any]:
     needed = {"method", "stream", "seed", "tasks", "accuracy", "seconds", "peak_memory_mb"}
     if not isinstance(found, dict) or not needed <= set(found) or not found["accuracy"]:
         raise PerdureError(f"{path} is not a metrics file of perdure.")
-    return found
+    beside = path.with_name(ANALYSIS)
+    return {**found, "analysis": read_json(beside)} if beside.exists() else found
 
 
 def page_of(runs: list[Path]) -> Path:
@@ -162,12 +164,14 @@ def verdict_of(found: list[dict[str, Any]]) -> str:
         return ""
 
 
-def finish(runs: list[Path], page: Path | None = None) -> None:
-    """Print the table of the runs; write the page and the picture, over nothing that perdure did not write."""
+def finish(runs: list[Path], page: Path | None = None, labels: Sequence[str] = ()) -> None:
+    """Print the table of the runs; write the page and the picture, over nothing that perdure did not write. ``labels``: what
+    each run is called, where its method does not say it."""
     from perdure.report import figure, html
     from perdure.view import summary
 
     found = [read_metrics(run) for run in runs]
+    found = [{**one, "label": label} for one, label in zip(found, labels, strict=True)] if labels else found
     page = page or page_of(runs)
     check_page(page)
     screen = console()

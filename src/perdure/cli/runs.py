@@ -9,11 +9,15 @@ import typer
 
 from perdure.cli.data import ImageKey, LabelKey, SplitKey, TaskKey, TextKey
 from perdure.cli.results import check_page, finish, page_of, read_metrics
+from perdure.core import processes
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.terminal import console
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.")]
+ReportTo = Annotated[
+    str, typer.Option(help="Trackers that hear of it too, with commas between: jsonl, csv, tensorboard, wandb.")
+]
 
 
 def run(
@@ -38,11 +42,15 @@ def run(
     out: Out = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that OUT holds.")] = False,
     go_on: Annotated[bool, typer.Option("--resume", help="Go on with this very run, if OUT holds it.")] = False,
+    report_to: ReportTo = "",
 ) -> None:
     """Learn the tasks of a stream one after another, and measure what was won and lost."""
     from perdure import launch
     from perdure.launch.sources import find_stream
+    from perdure.launch.trackers import checked
 
+    announce()
+    checked(report_to)
     settings = launch.read_preset(preset) if preset else {}
     method, stream = method or str(settings.get("method", "")), stream or str(settings.get("stream", ""))
     missing = [f"--{k}" for k, v in (("method", method), ("stream", stream)) if not v]
@@ -60,7 +68,7 @@ def run(
         method, asked, folder, seed=seed, seeds=seeds, overwrite=overwrite, preset=preset,
         assignments=assignments or [], go_on=go_on,
     )  # fmt: skip
-    resume(folder)
+    resume(folder, report_to)
 
 
 def meant(words: list[str], method: str, stream: str) -> str:
@@ -75,6 +83,7 @@ def meant(words: list[str], method: str, stream: str) -> str:
 
 def resume(
     run: Annotated[Path | None, typer.Argument(help="Folder of the run; none: list those in runs.")] = None,
+    report_to: ReportTo = "",
 ) -> None:
     """Go on with a run that was stopped, after its last good task."""
     from perdure import launch
@@ -83,14 +92,23 @@ def resume(
     if run is None:
         list_runs(Path("runs"))
         return
+    announce()
     run = expanded(run)
     check_page(page_of([run]))  # before the work, not after it
     several = launch.seed_folders(run)
     for one in several or [run]:
-        watched(one)
+        watched(one, report_to)
+    if not processes.main():
+        return
     if several:
         write_json(run / "metrics.json", launch.over_seeds([read_metrics(one) for one in several]))
     finish([run])
+
+
+def announce() -> None:
+    """Join the processes that a launcher started together, before anything can be said by several of them."""
+    if note := processes.join():
+        console().print(f"Warning: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def list_runs(base: Path) -> None:
@@ -133,7 +151,7 @@ def demo(out: Out = None) -> None:
     )
 
 
-def watched(folder: Path) -> None:
+def watched(folder: Path, report_to: str = "") -> None:
     """Do the run in ``folder``, or go on with it, under a live view; Ctrl-C stops tidily."""
     from perdure import launch
     from perdure.view import Screen
@@ -142,7 +160,7 @@ def watched(folder: Path) -> None:
     screen = Screen(console(), f"{config['method']} on {config['stream']}, seed {config['seed']}")
     try:
         with screen:
-            launch.resume(folder, screen)
+            launch.resume(folder, screen, report_to=report_to)
     except KeyboardInterrupt:
         screen.say(f"\nStopped. Every task that was finished is kept. Go on with: {again(folder)}")
         raise typer.Exit(130) from None

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from perdure.core import processes
 from perdure.core.errors import DamagedFile, PerdureError
 
 
@@ -98,7 +99,10 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def only_one(folder: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold a folder: a second process that writes to it is refused, or waits, once it has said so through ``wait``. The
-    system frees a dead one's hold."""
+    system frees a dead one's hold. Of processes that share a run the main one holds it, for all."""
+    if not processes.main():
+        yield
+        return
     try:
         import fcntl
     except ImportError:  # no such lock on this system

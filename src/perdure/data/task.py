@@ -78,7 +78,7 @@ class Task:
     """One task of a stream.
 
     ``group`` (C,) is set where several tasks are learned at once but classes compete within their own task only: it holds
-    the number of each class's task.
+    the number of each class's task. ``labelled``: false of a task that has no classes, whose labels mean nothing.
     """
 
     name: str
@@ -88,9 +88,10 @@ class Task:
     index: int = 0
     group: Tensor | None = None
     parts: int = 1
+    labelled: bool = True
 
     def __post_init__(self) -> None:
-        for images in (self.train, self.test):
+        for images in (self.train, self.test) if self.labelled else ():
             check_labels(images.labels, self.classes, f"Task {self.name}")
 
     def prompts(self) -> list[str]:
@@ -176,6 +177,9 @@ class Stream:
         parts += [("the probe", self.probe)] if self.probe else []
         for where, part in parts:
             sides = {"test": part.test, **({"training": part.train} if isinstance(part, Task) else {})}
+            labelled = not isinstance(part, Task) or part.labelled
+            if not labelled:
+                del sides["test"]
             for side, images in sides.items():
                 if not len(images):
                     raise PerdureError(f"{self.name}, {where}: there are no {side} images. Give at least one.")
@@ -186,7 +190,8 @@ class Stream:
                         "right or take them away; perdure data check FOLDER reads every picture and names all; "
                         "unreadable=0.01 leaves out such pictures, up to that share of all."
                     )
-            check_texts(part.classes, clip, f"{self.name}, {where}")
+            if labelled:
+                check_texts(part.classes, clip, f"{self.name}, {where}")
         if self.labels == "seen":  # there the classes of all tasks compete
             check_texts([c for t in self.tasks for c in t.classes], clip, self.name)
 

@@ -38,14 +38,17 @@ class Protocol:
         return f"labels={self.labels}, task_id={self.task_id}"
 
 
-def evaluate(method: Method, stream: Stream, protocol: Protocol, seen: int) -> dict[str, Tensor]:
-    """After ``seen`` tasks: which test images of each task, by name, and of the probe are answered rightly, (N,) uint8."""
+def evaluate(
+    method: Method, stream: Stream, protocol: Protocol, seen: int, only_seen: bool = False
+) -> dict[str, Tensor]:
+    """After ``seen`` tasks: which test images of each task, by name, and of the probe are answered rightly, (N,) uint8;
+    ``only_seen``: of these tasks alone."""
     queries, labels = {}, {}
-    for j, task in enumerate(stream.tasks):
+    for j, task in enumerate(stream.tasks[:seen] if only_seen else stream.tasks):
         classes, own = protocol.classes(stream, seen, j)
         queries[task.name] = Query(task.test.pixels, classes, j if protocol.task_id == "known" else None)
         labels[task.name] = task.test.labels + own
-    if stream.probe is not None:
+    if stream.probe is not None and not only_seen:
         queries["probe"] = Query(stream.probe.test.pixels, stream.probe.classes)
         labels["probe"] = stream.probe.test.labels
     answers = method.answer(list(queries.values()))

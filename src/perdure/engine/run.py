@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from perdure.core import processes
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
 from perdure.core.state import as_json, digest, only_one, write_json
 from perdure.data.task import Context, Stream, Task
+from perdure.engine.alike import check_folder, settle
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent
+from perdure.engine.explained import explanations
+from perdure.engine.online import Between
 from perdure.engine.settings import ELSEWHERE, Settings, load_clip
 from perdure.engine.summary import summary
 from perdure.engine.teach import Teacher
@@ -37,12 +41,13 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
     """
     settings = Settings.recorded(config["settings"])
     with undisturbed(), only_one(folder):
+        check_folder(folder)
         torch.set_num_threads(settings.threads)
         forget_peak_memory()
         clip = load_clip(config, stream.model)
         stream = stream.at(clip.size, clip.fit)
         stream.check(clip)
-        done = good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
+        done = all_good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
         for saved in done:
             if saved.record["config"] not in identities(config):
                 raise PerdureError(
@@ -54,9 +59,17 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
             pass
         metrics = loop.metrics()
         path = folder / "metrics.json"
-        if not path.exists() or path.read_bytes() != as_json(metrics):
+        if processes.main() and (not path.exists() or path.read_bytes() != as_json(metrics)):
             write_json(path, metrics)  # a run killed just before it wrote them
-        return metrics
+        return processes.from_main(metrics)
+
+
+def all_good_tasks(folder: Path, tasks: Sequence[str], warn: Callable[[str], None]) -> list[Saved]:
+    """``good_tasks``, once the main process has set the others aside."""
+    if processes.main():
+        done = good_tasks(folder, tasks, warn)
+    processes.barrier()
+    return done if processes.main() else good_tasks(folder, tasks, warn)
 
 
 DECIDES = ("method", "stream", "seed", "options", "settings", "split", "weights")
@@ -90,6 +103,8 @@ class Loop:
         self.rows = [saved.files["hits"] for saved in done]
         self.records = [saved.record for saved in done]
         self.teacher = Teacher(method, config["seed"], settings, watcher)
+        self.between = Between(method, stream, self.protocol, settings.evaluate_every)
+        self.teacher.stepped = self.stepped
         self.gap_images = for_gap(stream)
         shown = [self.shown(hits) for hits in self.rows]
         watcher.begins([t.name for t in stream.tasks], [a for a, _ in shown], [p for _, p in shown if p is not None])
@@ -123,8 +138,11 @@ class Loop:
             return False
         name = self.stream.tasks[number - 1].name
         self.watcher.learns(name, number)
+        task = self.to_learn(number)
+        self.between.begins(number, task)
         start = time.perf_counter()
-        losses = self.teacher.learn(self.to_learn(number), number)
+        losses = self.teacher.learn(task, number)
+        settle(self.method, name)
         trained = time.perf_counter()
         self.watcher.evaluates()
         held = self.method.clip.holds
@@ -133,12 +151,26 @@ class Loop:
         self.keep(number, name, hits, found, losses, (start, trained))
         return True
 
+    def stepped(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
+        """A step of a task is done."""
+        self.watcher.step(step, total, losses)
+        self.between.taken(step, total, losses)
+
     def keep(
         self, number: int, name: str, hits: dict[str, Tensor], found: dict[str, float], losses: Losses,
         times: tuple[float, float],
     ) -> None:  # fmt: skip
         """Write a row and all that belongs to it. ``times``: when the task began, and when it was learned."""
         start, trained = times
+        method = self.method
+        why = (
+            {"explained": explanations(method, self.stream, self.protocol, number)}
+            if number and method.explains()
+            else {}
+        )
+        asked = self.between
+        if number and (self.settings.online or self.settings.evaluate_every):
+            asked.add(hits)
         record = {
             "task": name,
             "number": number,
@@ -146,14 +178,22 @@ class Loop:
             "phases": self.teacher.phases,
             "remarks": self.method.remarks() if number else {},
             "gap": found,
-            "seconds": {"train": round(trained - start, 3), "evaluate": round(time.perf_counter() - trained, 3)},
+            "seconds": {
+                "train": round(trained - start - asked.seconds, 3),
+                "evaluate": round(time.perf_counter() - trained + asked.seconds, 3),
+            },
+            **({"online": {"points": asked.points, "images": asked.shown()}} if asked.points else {}),
             "peak_memory_mb": peak_memory_mb(),
             "config": identity(self.config),
+            **why,
         }
-        kept = self.records[-1]["files"] if self.records else {}
-        self.records.append(save_task(self.folder, folder_name(number, name), self.method, hits, record, kept))
+        if processes.main():
+            kept = self.records[-1]["files"] if self.records else {}
+            record = save_task(self.folder, folder_name(number, name), self.method, hits, record, kept)
+        self.records.append(record)
         self.rows.append(hits)
-        write_json(self.folder / "metrics.json", self.metrics())
+        if processes.main():
+            write_json(self.folder / "metrics.json", self.metrics())
         self.watcher.row(*self.shown(hits))
 
     def evaluated(self, method: Method, number: int) -> tuple[dict[str, Tensor], dict[str, float]]:

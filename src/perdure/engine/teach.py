@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from perdure.core.seeding import reseed
 from perdure.data.task import Batch, Task
 from perdure.engine.settings import Settings
 from perdure.engine.watcher import Watcher
 from perdure.methods.base import Method
-from perdure.training.fit import Losses, Stepper, fit, optimise
+from perdure.training.fit import Losses, OnStep, Stepper, fit, optimise
 from perdure.training.schedule import Schedule
 
 
@@ -25,6 +26,7 @@ class Teacher:
     def __init__(self, method: Method, seed: int, settings: Settings, watcher: Watcher):
         self.method, self.seed, self.settings, self.watcher = method, seed, settings, watcher
         self.phases: dict[str, Losses] = {}
+        self.stepped = watcher.step  # hears of each step of a task
 
     def learn(self, task: Task | None, number: int) -> Losses:
         """Learn ``task`` as number 1, 2, …; return its losses, one value a step by name. None: there is nothing to learn."""
@@ -48,9 +50,8 @@ class Teacher:
         material = method.material(task)
         method.begin_task(material)
         s = self.settings
-        losses = fit(
-            method, material, generator, clip.size, clip.device, s.precision, self.watcher.step, workers=s.workers
-        )
+        heard = self.told(task.name, lambda: method.schedule(material).over(len(material.train)), self.stepped)
+        losses = fit(method, material, generator, clip.size, clip.device, s.precision, heard, workers=s.workers)
         if losses.steps:
             clip.trained(f"trained {task.name}", method.parameters().values())
         return losses
@@ -65,7 +66,19 @@ class Teacher:
 
     def train(self, learner: Stepper, schedule: Schedule, draws: Iterator[Batch], name: str) -> Losses:
         """What a method is lent for a phase of its own: the run's device, precision and progress, and a place in the record."""
-        device = self.method.clip.device
-        losses = optimise(learner, schedule, draws, device, self.settings.precision, self.watcher.step, name)
+        device, heard = self.method.clip.device, self.told(name, lambda: schedule, self.watcher.step)
+        losses = optimise(learner, schedule, draws, device, self.settings.precision, heard, name)
         self.phases[name] = losses
         return losses
+
+    def told(self, name: str, schedule: Callable[[], Schedule], heard: OnStep) -> OnStep:
+        """``heard``, before which the watcher hears of the schedule: anew where a training begins anew."""
+        last = [0]
+
+        def step(step: int, total: int, losses: Mapping[str, Tensor]) -> None:
+            if not last[0] or step <= last[0]:
+                self.watcher.trains(name, schedule())
+            last[0] = step
+            heard(step, total, losses)
+
+        return step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -19,8 +20,10 @@ from perdure.core.errors import PerdureError, unknown
 from perdure.core.paths import expanded
 from perdure.data.task import Stream
 from perdure.data.tolerated import find_unreadable, without
+from perdure.engine.alike import check_batch
 from perdure.engine.environment import environment
-from perdure.engine.settings import Settings, load_clip
+from perdure.engine.online import ONE_PASS, check_asked, check_one_pass
+from perdure.engine.settings import Settings, hand_over, load_clip
 from perdure.engine.summary import FORMAT
 from perdure.launch.options import build_entry, method_options
 from perdure.launch.sources import Asked, find_method, find_stream
@@ -78,8 +81,13 @@ def configure(
     )  # what suits a stream suits the CLIP it is for
     layer = {key: value for key, value in suits.items() if key in general or (own and key in known)}
     values = resolve({**known, **general}, layer, preset, given, complaints=complaints)
+    if values["online"]:
+        once = {key: value for key, value in ONE_PASS.items() if key in known}
+        values = resolve({**known, **general}, layer, once, preset, given)
+        check_one_pass(values)
     check_tasks(values, data, given, warn)
     check_parts(values)
+    check_batch(values)
     settings = Settings(**{key: values[key] for key in general}).settled(data)
     left_out = find_unreadable(data, settings.unreadable, warn)
     data = settings.select(without(data, left_out), seed)
@@ -139,5 +147,9 @@ def prepare(
         if clip.note:
             warn(clip.note)
         found = {"weights": clip.fingerprint(), "backbone": clip.described(), "revision": clip.revision}
-        build_entry(find_method(method)[0], config["options"]).bind(clip, data.context(seed, folder))
+        learner = build_entry(find_method(method)[0], config["options"])
+        learner.bind(copy.deepcopy(clip), data.context(seed, folder, labels=config["settings"]["labels"]))
+        if config["settings"]["evaluate_every"]:
+            check_asked(learner)
+        hand_over(clip, config, data.model)
     return {**config, **{key: value for key, value in found.items() if value}}

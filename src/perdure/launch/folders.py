@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from perdure.core import processes
 from perdure.core.config import options
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.state import only_one, read_json, write_json
@@ -18,6 +19,7 @@ from perdure.engine.watcher import Watcher
 
 NEEDED = {"method", "stream", "seed", "options", "settings", "split", "weights", "environment"}
 REPLACED, MOVING = ".replaced", ".moving"
+ANALYSIS = "analysis.json"  # what ``perdure analyse`` found, beside a run's metrics
 
 
 def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -45,7 +47,7 @@ def plain(value: Any) -> Any:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A run's ``config.json``, as it was written. ``PerdureError`` where the folder holds no run."""
-    if (folder / MOVING).exists():
+    if processes.main() and (folder / MOVING).exists():
         with only_one(folder):
             recover(folder)
     if not (folder / "config.json").exists():
@@ -98,7 +100,7 @@ def make_folder(folder: Path, config: Mapping[str, Any], overwrite: bool) -> Non
 def own_files(folder: Path) -> list[Path]:
     """What perdure wrote of a run into its folder, pairs and reports left out."""
     tasks = [p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"(damaged_|\.)?task_\d+_.*", p.name)]
-    return sorted([*tasks, *(p for n in ("config.json", "metrics.json") if (p := folder / n).exists())])
+    return sorted([*tasks, *(p for n in ("config.json", "metrics.json", ANALYSIS) if (p := folder / n).exists())])
 
 
 def set_aside(folder: Path) -> None:
@@ -116,7 +118,7 @@ def set_aside(folder: Path) -> None:
 
 def bring_back(folder: Path) -> bool:
     """Put a run that waits aside back, where the one that was to replace it has no row; whether there was one."""
-    if not (folder / REPLACED).exists() or any(folder.glob("task_00_*")):
+    if not processes.main() or not (folder / REPLACED).exists() or any(folder.glob("task_00_*")):
         return False
     os.replace(folder / REPLACED, folder / MOVING)
     recover(folder)

@@ -114,7 +114,7 @@ class ICaRL(Method):
     def step(self, batch: Batch, backward: Backward) -> None:
         """One batch of the task and one of the memory, through the image tower together."""
         images, losses = self.distiller.forward(batch.images)
-        backward(task=self.classify(images, batch.labels), **losses)
+        backward(task=self.classify(images, batch.labels, batch.get("captions")), **losses)
 
     def again(self, task: Task) -> bool:
         """After the last step, before the weights are fused: remember the task."""

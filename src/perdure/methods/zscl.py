@@ -120,7 +120,9 @@ class ZSCL(Method):
     def step(self, batch: Batch, backward: Backward) -> None:
         """One batch of the task and one of the references, through the image tower together."""
         images, losses = self.distiller.forward(batch.images)
-        backward(task=self.classify(images, batch.labels), **losses, **self.consolidate(backward))
+        backward(
+            task=self.classify(images, batch.labels, batch.get("captions")), **losses, **self.consolidate(backward)
+        )
 
     def consolidate(self, backward: Backward) -> dict[str, Tensor]:
         """λ·Σ ‖θ - θᵗ⁻¹‖², whose gradient is added in closed form."""

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from perdure.core import processes
 from perdure.data.files import crops
 from perdure.data.loader import ahead
 from perdure.data.task import Batch, Task
 from perdure.data.transforms import some_numbers
+from perdure.training.processes import averaged, whole
 from perdure.training.record import LOOK, Losses, check_finite, check_reached, course
 from perdure.training.schedule import Schedule
 
@@ -43,8 +46,24 @@ class Backward(Protocol):
         ...
 
 
+class Regulariser(Protocol):
+    """What is added to a step's losses, whatever they are of."""
+
+    def terms(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Further losses by name, where these are about to be back-propagated."""
+        ...
+
+    def clear(self) -> None:
+        """They were."""
+        ...
+
+
 class Stepper:
     """What ``optimise`` asks of whatever learns."""
+
+    def regularised(self) -> AbstractContextManager[Regulariser | None]:
+        """Entered while steps are taken: what is added to their losses; None: nothing."""
+        return contextlib.nullcontext()
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """What learns, by name."""
@@ -110,8 +129,11 @@ def fit(
 def drawn(
     task: Task, plan: Schedule, generator: torch.Generator, image_size: int, workers: int = 0
 ) -> Generator[Batch, None, None]:
-    """The task's training images in batches without end, cropped at random where the plan says so."""
+    """The task's training images in batches without end, cropped at random where the plan says so. Of pictures in files,
+    processes that share a run read each its rows of a batch (see ``processes.whole``)."""
     pixels, captions = task.train.pixels, task.train.captions
+    in_memory = isinstance(pixels, Tensor)  # nothing to wait for
+    parts = processes.sharing() and not in_memory
 
     def jobs() -> Iterator[tuple[Tensor, Tensor | None]]:
         for index in batches(len(task.train), plan.batch_size, generator):
@@ -119,11 +141,14 @@ def drawn(
 
     def read(job: tuple[Tensor, Tensor | None]) -> Tensor:
         index, numbers = job
+        if parts:
+            own = processes.worked(len(index))
+            index, numbers = index[own], None if numbers is None else numbers[..., own]
         return pixels[index] if numbers is None else crops(pixels, index, image_size, numbers)
 
-    in_memory = isinstance(pixels, Tensor)  # nothing to wait for
     for (index, _), images in ahead(jobs(), read, 0 if in_memory else workers, generator):
-        more = {} if captions is None else {"captions": tuple(captions[k] for k in index.tolist())}
+        more: dict[str, Any] = {} if captions is None else {"captions": tuple(captions[k] for k in index.tolist())}
+        more |= {"parts": len(index)} if parts else {}
         yield Batch(images, task.train.labels[index], index=index, **more)
 
 
@@ -141,11 +166,12 @@ def optimise(
     optimizer, trained = plan.optimizer_of(parameters), list(parameters.values())
     record: list[dict[str, Tensor]] = []
     reached = False
-    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
+    # whatever the caller has switched off
+    with torch.inference_mode(False), torch.enable_grad(), learner.regularised() as more:
         for step in range(plan.steps):
             losses: dict[str, Tensor] = {}
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                learner.step(next(draws).to(device), Accumulator(parameters, losses))
+                learner.step(whole(next(draws), device), Accumulator(parameters, losses, more))
             reached = reached or any(p.grad is not None for p in trained)
             plan.set(optimizer, step)
             if plan.clip is not None:
@@ -181,7 +207,7 @@ def mean_gradient(
         for batch in draws:
             count += 1
             losses: dict[str, Tensor] = {}
-            learner.step(batch.to(device), Accumulator(parameters, losses))
+            learner.step(whole(batch, device), Accumulator(parameters, losses))
             check_finite([losses], name)
             for key, p in parameters.items():
                 total[key] += 0 if p.grad is None else p.grad
@@ -194,10 +220,22 @@ def mean_gradient(
 class Accumulator:
     """The ``backward`` of one step; writes each loss into ``losses``."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], losses: dict[str, Tensor]):
-        self.parameters, self.losses = parameters, losses
+    def __init__(
+        self, parameters: Mapping[str, Tensor], losses: dict[str, Tensor], regulariser: Regulariser | None = None
+    ):
+        self.parameters, self.losses, self.regulariser = parameters, losses, regulariser
 
     def __call__(self, **losses: Tensor) -> Gradients:
+        if self.regulariser is not None:
+            losses |= self.regulariser.terms(losses)
+        try:
+            return self.propagate(losses)
+        finally:
+            if self.regulariser is not None:
+                self.regulariser.clear()
+
+    def propagate(self, losses: Mapping[str, Tensor]) -> Gradients:
+        """``__call__`` with all losses there are."""
         self.losses.update({name: loss.detach().float() for name, loss in losses.items()})
         rooted = [loss.float() for loss in losses.values() if loss.requires_grad]
         if not rooted:
@@ -205,7 +243,7 @@ class Accumulator:
         # Autocast would round what flows back through the parts that were computed in fp32 on purpose.
         with torch.autocast(rooted[0].device.type, enabled=False):
             found = torch.autograd.grad(torch.stack(rooted).sum(), list(self.parameters.values()), allow_unused=True)
-        gradients: Gradients = dict(zip(self.parameters, found, strict=True))
+        gradients: Gradients = dict(zip(self.parameters, averaged(found), strict=True))
         for name, gradient in gradients.items():
             if gradient is not None:
                 self.add(name, gradient)
