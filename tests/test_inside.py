@@ -50,6 +50,10 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "moe_adapters": {"experts": 3, "bottleneck": 4, "reference": "none", "selector_steps": 3, "selector_code": 4},
     "rapf": {"epochs": 2},
     "slca": SLCA,
+    "experience_replay": {"memory": 40, "replayed": 3},
+    "ocl_sda": {"memory": 40, "replayed": 3, "classifier": "cosine", "projector": "mlp"},
+    "taalm": {"meta_source": "drawings", "meta_steps": 2, "meta_batch": 1, "hidden": 4},
+    "td_vcl": {"n": 2, "buffer": 8, "samples": 2},
 }
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("finetune", {"optimizer": "sgd", "momentum": 0.0}),

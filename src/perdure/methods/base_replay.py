@@ -3,15 +3,16 @@ were, what a step sees beside the task's own images, what is put into the memory
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
+from perdure.core.packing import Packed
 from perdure.core.seeding import derive
 from perdure.data.files import crops, take
 from perdure.data.task import Batch, Class, Context, Task
@@ -124,6 +125,18 @@ class ReplayMethod(Method):
         if len(new):
             images = self.clip.sized(take(self.task.train.pixels, new)[:])
             self.memory.offer(images, self.rows[self.task.train.labels[new]])
+
+    def pack_progress(self) -> Packed:
+        files, values = super().pack_progress()
+        draws = {"unseen": self.unseen, "state": self.draws.get_state()}
+        return {**files, "memory": self.state.images, "draws": draws}, values
+
+    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        super().unpack_progress(files, values)
+        self.state.images = {name: tensor.clone() for name, tensor in files["memory"].items()}
+        self.unseen = files["draws"]["unseen"].clone()
+        self.draws.set_state(files["draws"]["state"])
+        self.memory = Reservoir(self.state, self.config.memory, self.draws)
 
     def publish(self) -> None:
         self.state.images, self.state.offered = {}, 0
