@@ -146,7 +146,9 @@ class Listening:
         try:
             batches = [part for one in images for part in one.pixels.split(clip.evaluation_batch)]
             ends = {"image rest": torch.cat([clip.encode_image(part) for part in batches])}
-            ends["text rest"] = clip.encode_text(prompts)
+            size = 2 * clip.evaluation_batch  # as ``class_texts`` has it
+            texts = [clip.encode_text(prompts[k : k + size]) for k in range(0, len(prompts), size)]
+            ends["text rest"] = torch.cat(texts)
         finally:
             for hook in hooks:
                 hook.remove()
