@@ -19,7 +19,7 @@ from perdure.methods.compose import Compose
 from perdure.methods.condu import ConDU
 from perdure.methods.cpe_clip import CPECLIP
 from perdure.models.clip import CLIP
-from perdure.training import fit as training
+from perdure.training import draws
 from perdure.training.fit import fit
 
 NAMES = {"g_values": "vectors", "prompt_proj.weight": "project.weight", "prompt_proj.bias": "project.bias"}
@@ -66,7 +66,7 @@ def sessions(about: dict[str, Any], t: dict[str, Tensor]) -> list[Task]:
 
 @pytest.fixture(autouse=True)
 def orderly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "batches", in_order)
+    monkeypatch.setattr(draws, "batches", in_order)
 
 
 def put(method: CPECLIP, values: dict[str, Tensor]) -> None:
@@ -261,6 +261,8 @@ def test_what_does_not_fit_is_refused(clip: CLIP, tmp_path: Path) -> None:
         CPECLIP(depth=5).bind(clip)
     with pytest.raises(PerdureError, match=r"length=14: .* reads 16 tokens, and a name needs three. Set length=13"):
         CPECLIP(length=14).bind(clip)
+    with pytest.raises(PerdureError, match="vcreg_towers=both: prompts stand among the tokens of a text here"):
+        CPECLIP(vcreg="blocks", vcreg_towers="both").bind(clip)
     siglip = CLIP.load(str(tiny.checkpoint(tmp_path / "siglip", "siglip", side=32, patch=16)))
     with pytest.raises(PerdureError, match="has none. Use it with a CLIP"):
         CPECLIP().bind(siglip)

@@ -44,6 +44,8 @@ OTHERWISE: dict[str, dict[str, Any]] = {
         "vae_hidden": 8,
         "vae_latent": 4,
     },
+    "cpe_clip": {"epochs": 2, "later_epochs": 1, "depth": 1},
+    "orth_sr": {"rotation_block": 32, "cutout": "attentive", "cutout_at": "drawn"},
     "finetune+slca": {**SLCA, "answer.epochs": 2, "epochs": 0},
     "icarl": {"memory": 40},
     "keep_lora": {"epochs": 1, "head": True},
@@ -70,6 +72,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
         {"replay": "vae", "epochs": 1, "draws": 2, "vae_passes": 10, "vae_hidden": 8, "vae_latent": 4, "shots": 2},
     ),
     ("codyra", {"dense": 0.0, "kappa": 0.5, "kappa_steps": 2}),
+    ("orth_sr", {"cutout": "random", "rotation_block": 32, "rotation_layers": ("v_proj",)}),
     (str(OWN / "prompt.py"), {}),
     (str(OWN / "adapter.py"), {}),
 ]

@@ -103,10 +103,12 @@ def test_unturned_it_is_zero_shot_to_the_bit_and_folded_it_is_what_it_was_unfold
     }
     assert learns == {"v_proj", "fc1"}
     turn(clip, 0.05)
-    turned, weights = seen(clip, task), clip.weights()
+    turned, weights, mark = seen(clip, task), clip.weights(), clip.fingerprint()
     assert set(weights) == names and not torch.allclose(turned[0], before[0], atol=1e-3)
     plain = CLIP.load(str(mini.MODEL))
+    born = plain.fingerprint()
     plain.load_weights("folded", weights)
+    assert plain.fingerprint() == mark != born  # a turned model is another one
     for a, b in zip(seen(plain, task), turned, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     clip.load_weights("folded", weights)  # into the same model: the rotations turn nothing again

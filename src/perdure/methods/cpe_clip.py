@@ -113,6 +113,11 @@ class CPECLIP(Method):
                 f"depth={c.depth}: the towers of {clip.path} have {texts} (text) and {images} (image) layers. Set "
                 f"depth={min(texts, images)} or less; 0: all."
             )
+        if c.vcreg != "none" and c.vcreg_towers != "image":
+            raise PerdureError(
+                f"vcreg_towers={c.vcreg_towers}: prompts stand among the tokens of a text here, and VCReg cannot tell which "
+                "rows count. Set vcreg_towers=image, or vcreg=none."
+            )
         context = clip.backbone.config.text_config.max_position_embeddings
         if c.length > context - 3:  # a start token, a word, an end token
             raise PerdureError(

@@ -23,22 +23,24 @@ they are shown as they are. ``adapt=full`` trains all weights under the same los
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
+from perdure.core.packing import Packed
 from perdure.core.seeding import derive
 from perdure.data.task import Batch, Context, Task
 from perdure.methods.base import Method, Recipe, register
 from perdure.models import rotation
 from perdure.models.attending import class_attention
 from perdure.models.clip import CLIP
-from perdure.ops.losses import classification, distillation
+from perdure.ops.losses import distillation
+from perdure.training.contrastive import of_captions, of_classes
 from perdure.training.fit import Backward
 from perdure.training.schedule import Schedule
 
@@ -143,12 +145,15 @@ class OrthSR(Method):
         c, clip = self.config, self.clip
         images = self.cut(clip.sized(batch.images)) if c.cutout != "off" else batch.images
         wanted = self.wanted(images, batch) if c.kl_weight else None
+        embedded = clip.encode_image(images)
         texts = self.frozen_texts if self.frozen_texts is not None else clip.encode_tokens(self.tokens)
-        logits = clip.similarity(clip.encode_image(images), texts)
-        losses = {"task": classification(logits, batch.labels, c.label_smoothing, self.group)}
+        if c.loss == "contrastive":
+            losses = {"task": of_captions(c, clip, embedded, batch.get("captions"))}
+        else:
+            losses = {"task": of_classes(c, clip, embedded, texts, batch.labels, self.group)}
         if wanted is not None:
             form = {"forward": "kl", "reverse": "reverse_kl"}[c.kl]
-            losses["kl"] = c.kl_weight * distillation(logits, wanted, 1.0, form)
+            losses["kl"] = c.kl_weight * distillation(clip.similarity(embedded, texts), wanted, 1.0, form)
         backward(**losses)
 
     def wanted(self, images: Tensor, batch: Batch) -> Tensor:
@@ -175,6 +180,14 @@ class OrthSR(Method):
         inside = ((at - rows).abs() < half)[:, :, None] & ((at - columns).abs() < half)[:, None, :]
         gone = (inside & chosen[:, None, None])[:, None].to(images.device)
         return torch.where(gone, self.clip.mean.to(images.dtype), images)
+
+    def pack_progress(self) -> Packed:
+        files, values = super().pack_progress()
+        return {**files, "draw": {"state": self.draw.get_state()}}, values
+
+    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        super().unpack_progress(files, values)
+        self.draw.set_state(files["draw"]["state"].cpu())
 
     # ---- fold
 

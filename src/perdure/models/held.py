@@ -96,7 +96,7 @@ class Held(nn.Module):
 
     def fingerprint(self) -> str:
         """A sha256 over names and values of the weights: which model this is, wherever it came from."""
-        adapted = next(lora.adapters(self.backbone), None) is not None
+        adapted = any(lora.adapts(name) for name in self.backbone.state_dict())
         own = self.weights() if adapted else self.plain()
         found = fingerprint_of({name: tensor for name, tensor in own.items() if name not in self.grown})
         if self.holds == "pretrained" and not self.rebased:
