@@ -33,7 +33,8 @@ Words = list[str | Path]
 
 def start(*words: str | Path) -> subprocess.Popen[str]:
     line = [sys.executable, "-m", "perdure", *map(str, words)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = {**os.environ, "RAY_worker_niceness": "0"}  # else a busy machine leaves its workers nothing
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def wait_for(there: Callable[[], Any], process: subprocess.Popen[str]) -> None:
