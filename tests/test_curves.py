@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KNOWN = curves.read(curves.FILE)
-# Between the instruction sets of one processor losses differ by up to 8e-5 (of a VAE; else 1e-5), logits by 2e-4 (ConDU's
-# votes): five steps of Adam, which divides by small numbers, carry the last digits on.
+# Between torch's kernels for AVX-512 and its plain ones losses differ by up to 8e-5 (a VAE's; else 1e-5), logits by 2e-4
+# (ConDU's votes): five steps of Adam, which divides by small numbers, carry the last digits on.
 LOSSES, LOGITS = 1e-3, 2e-3
 
 
