@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from perdure.core import processes
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.terminal import console
@@ -168,6 +169,8 @@ def finish(runs: list[Path], page: Path | None = None) -> None:
     from perdure.report import figure, html
     from perdure.view import summary
 
+    if not processes.main():
+        return
     found = [read_metrics(run) for run in runs]
     page = page or page_of(runs)
     check_page(page)
