@@ -2,6 +2,7 @@
 
     python bench/scaling.py                                # ViT-B/16 and ViT-L/14, fine-tuning and GIFT, accelerators
     python bench/scaling.py --measured build/sizes.jsonl   # with the step times that bench/sizes.py measured on this processor
+    python bench/scaling.py --seconds 33.4 --batch 16      # with a measured step of the first model and method
 
     T(n) = towers(B/n) + rest + messages(n)
     towers(b)    = b·(work of an image)/speed(b) + the same of texts;   speed(b) = speed·b/(b + half)
@@ -170,6 +171,11 @@ def measured_at(path: Path, model: str, method: str, images: int) -> float | Non
     return None
 
 
+def arithmetic(work: Work, model: Model) -> float:
+    """Floating-point operations of a step."""
+    return (work.images + work.pairs) * model.image + work.texts * model.text
+
+
 def table(title: str, fixed: list[Step], growing: list[Step]) -> str:
     """Markdown."""
     lines = [
@@ -192,11 +198,15 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=100, help="texts a step")
     parser.add_argument("--tokens", type=int, default=16, help="a text's length")
     parser.add_argument("--measured", type=Path, help="what bench/sizes.py wrote")
+    parser.add_argument(
+        "--seconds", type=float, help="a step of one device, of the first model and method; others by their arithmetic"
+    )
     for name, value in vars(Machine()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help="assumed; see Machine")
     given = parser.parse_args()
     machine = Machine(**{name: getattr(given, name) for name in vars(Machine())})
     print(", ".join(f"{name} {value:g}" for name, value in vars(machine).items()))
+    first = 0.0
     for name in given.models:
         model = model_of(name, given.tokens)
         print(
@@ -207,6 +217,9 @@ def main() -> None:
             pairs = given.batch if method == "gift" else 0
             work = Work(method, given.batch, pairs, given.classes + pairs)
             found = measured_at(given.measured, name, method, given.batch) if given.measured else None
+            first = first or arithmetic(work, model)
+            if given.seconds:
+                found = given.seconds * arithmetic(work, model) / first
             if given.measured and found is None:
                 print(f"\n{name}, {method}: not in {given.measured}; measure it with bench/sizes.py")
                 continue

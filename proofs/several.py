@@ -30,7 +30,7 @@ CLOSE = 1e-5
 ROUNDING = {"slca": 1e-4, "finetune+slca": 1e-4}  # draws by the factors of covariances that a few images leave singular
 SMALL: dict[str, Any] = {
     "tasks": 2, "images": 22, "iterations": 3, "warmup": 1, "batch_size": 7, "precision": "fp32", "threads": 1,
-    "synthetic": 6, "synthetic_batch": 5, "sampling_steps": 2, "sampling_batch": 4, "reference_batch": 8, "memory": 40,
+    "synthetic": 6, "synthetic_batch": 5, "sampling_steps": 2, "sampling_batch": 4, "reference_batch": 8,
     "selector_steps": 2, "reference_steps": 2, "selector_code": 8, "head_epochs": 1, "align_draws": 8, "judge": 16,
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {
@@ -40,7 +40,10 @@ OWN: dict[str, dict[str, Any]] = {
     "slca": {"epochs": 1},
     "rapf": {"epochs": 2},
     "cgil": {"images": 64, "epochs": 1, "draws": 2, "vae_passes": 10, "vae_hidden": 8, "vae_latent": 4},
-    "icarl": {"images": 44},
+    "icarl": {"images": 44, "memory": 40},
+    "cpe_clip": {"epochs": 1, "later_epochs": 1, "warmup_epochs": 0},
+    "clg_cbm": {"per_class": 2, "search_epochs": 1, "epochs": 2, "milestones": ()},
+    "taalm": {"meta_steps": 2, "meta_batch": 2, "meta_images": 4},
 }
 
 

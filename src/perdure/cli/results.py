@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from perdure.core import processes
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.terminal import console
@@ -170,6 +171,8 @@ def finish(runs: list[Path], page: Path | None = None, labels: Sequence[str] = (
     from perdure.report import figure, html
     from perdure.view import summary
 
+    if not processes.main():
+        return
     found = [read_metrics(run) for run in runs]
     found = [{**one, "label": label} for one, label in zip(found, labels, strict=True)] if labels else found
     page = page or page_of(runs)
