@@ -56,6 +56,7 @@ bench: $(VENV)/.ready-dev
 	$(BIN)/python bench/head_features.py
 	$(BIN)/python bench/rows.py
 	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/learner.py
 	$(BIN)/python bench/serve.py
 
 study: $(VENV)/.ready-dev

@@ -78,12 +78,14 @@ def bare(paths: list[Path], count: int, workers: int) -> None:
             pass
 
 
-def loaded(task: Task, batch: int, batches: int, workers: int) -> None:
-    """Take so many training batches, as ``fit`` does."""
+def loaded(task: Task, batch: int, batches: int, workers: int) -> float:
+    """Seconds that so many training batches take on the way, as ``fit`` draws them: as many are read ahead when the clock
+    stops as when it starts."""
     plan, generator = Schedule(batches, 0.1, 0, batch), torch.Generator().manual_seed(0)
     with contextlib.closing(drawn(task, plan, generator, SIDE, workers)) as draws:
-        for _ in range(batches):
+        for _ in range(2 * workers):
             next(draws)
+        return seconds(lambda: [next(draws) for _ in range(batches)])
 
 
 def evaluated(files: Files, batch: int) -> None:
@@ -91,7 +93,7 @@ def evaluated(files: Files, batch: int) -> None:
         pass
 
 
-def seconds(work: Callable[[], None]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -133,23 +135,22 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
+    if asked.pictures % asked.batch:
+        parser.error("--pictures must be a multiple of --batch: every batch counts alike.")
     with tempfile.TemporaryDirectory() as folder:
         paths = make(Path(folder), asked.pictures)
         files, tar = Files(tuple(paths), SIDE), packed(paths, Path(folder) / "all.tar")
-        count = sum(  # the last batch of an epoch may be short
-            min(asked.batch, asked.pictures - k % -(-asked.pictures // asked.batch) * asked.batch)
-            for k in range(asked.batches)
-        )
-        jobs: dict[str, tuple[int, Callable[[], None]]] = {
-            "bare pool": (count, lambda: bare(paths, count, asked.workers)),
+        count = asked.batch * asked.batches
+        jobs: dict[str, tuple[int, Callable[[], float]]] = {
+            "bare pool": (count, lambda: seconds(lambda: bare(paths, count, asked.workers))),
             "loader": (count, lambda: loaded(task_of(files), asked.batch, asked.batches, asked.workers)),
             "loader, tar": (count, lambda: loaded(task_of(tar), asked.batch, asked.batches, asked.workers)),
-            "evaluation": (asked.pictures, lambda: evaluated(files, asked.batch)),
+            "evaluation": (asked.pictures, lambda: seconds(lambda: evaluated(files, asked.batch))),
         }
         rates: dict[str, list[float]] = {name: [] for name in jobs}
         for repeat in range(asked.repeats + 1):
             for name, (images, job) in jobs.items():
-                took = seconds(job)
+                took = job()
                 if repeat:  # the first round warms up
                     rates[name].append(images / took)
         for name, found in rates.items():

@@ -36,7 +36,7 @@ def test_help_does_not_import_torch() -> None:
     ("words", "piece"),
     [
         (["run", "--method", "finetun", "--stream", "mini-mtil"], "Did you mean 'finetune'?"),
-        (["run", "--method", "finetune", "--stream", "mini"], "mini-cil, mini-mtil"),
+        (["run", "--method", "finetune", "--stream", "mini"], "mini-cil, mini-fscil, mini-mtil"),
         (["run", "--method", "finetune"], "--stream missing"),
         (
             ["run", "--method", "finetune", "--stream", "mini-mtil", "lrr=1", "lr=fast"],

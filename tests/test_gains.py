@@ -43,12 +43,25 @@ def settings(method: str) -> dict[str, Any]:
         values.update(experts=4, lr=5e-3, reference="none", selector_steps=20)
     if method == "mg_clip":
         values.update(iterations=0, warmup=0, epochs=8, lr=1e-2)
+    if method in ("experience_replay", "ocl_sda"):
+        values.update(epochs=0, memory=40, replayed=8)  # as many steps as the others
     if method == "rapf":
         values.update(lr=5e-3)
     if method == "slca":
         values.update(lr=1e-2, epochs=12, tower_lr_scale=0.1)
+    if method == "cpe_clip":
+        values.update(lr_first=0.02, epochs=8, later_epochs=2, later_batch_size=32)
+        values.pop("lr")
+    if method == "orth_sr":
+        values.update(lr=2e-3, rotation_block=64)
     if method == "cgil":
         values.update(lr=1e-2, epochs=6, draws=64, batch_size=128, replay="full", images=128)
+    if method == "clg_cbm":
+        values.update(lr=1e-2, epochs=12, search_epochs=5, per_class=4)
+    if method == "td_vcl":
+        values.update(lr=5e-3)
+    if method == "taalm":
+        values.update(lr=5e-3, meta_source="own", meta_steps=4, meta_batch=1)
     known = {**launch.method_options(launch.method_entry(method)), **options(Settings)}
     return {key: value for key, value in values.items() if key in known}
 

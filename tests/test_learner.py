@@ -17,6 +17,8 @@ from perdure.cli.results import read_metrics
 from perdure.core.state import only_one
 from perdure.engine import home
 from perdure.launch.learner.comparison import Row, compared, refusal
+from perdure.models.clip import CLIP
+from perdure.synthesis.store import collect
 
 RIDGE: dict[str, Any] = {
     "method": "ridge",
@@ -256,6 +258,27 @@ def test_a_probe_of_ones_own(tmp_path: Path, drawings: Path) -> None:
     with pytest.raises(PerdureError, match="is no folder"):
         Learner(tmp_path / "other", probe=tmp_path / "nowhere", **RIDGE).learn(drawings / "digits")
     assert not (tmp_path / "other").exists()
+
+
+def test_synthetic_pairs_are_a_probe(tmp_path: Path, drawings: Path) -> None:
+    """Which of all texts belongs to a picture; pictures that came back black are none."""
+    food = mini.multi_domain("I").tasks[2]
+    texts = [f"a drawing of a {food.classes[k].name}" for k in food.test.labels[:30].tolist()]
+    images = food.test.pixels[:30].clone()
+    images[3] = 0
+    collect(tmp_path / "pairs", images, texts, "a test")
+    learner = Learner(tmp_path / "HOME", probe=tmp_path / "pairs", **RIDGE)
+    (outcome,) = learner.learn(drawings / "digits")
+    (row,) = (row for row in outcome.rows if row.name == "probe")
+    known = sorted({text for k, text in enumerate(texts) if k != 3})
+    plain = CLIP.load(str(mini.MODEL))
+    with torch.no_grad():
+        best = plain.similarity(plain.encode_image(images), plain.encode_text(known)).argmax(1)
+    right = [known[k] == text for k, text in zip(best.tolist(), texts, strict=True)]
+    assert row.images == 29 and row.before == pytest.approx(100 * sum(right[:3] + right[4:]) / 29, abs=0.01)
+    collect(tmp_path / "few", images[:2], texts[:1] * 2, "a test")
+    with pytest.raises(PerdureError, match="a probe needs two at least"):
+        Learner(tmp_path / "other", probe=tmp_path / "few", **RIDGE).learn(drawings / "digits")
 
 
 def test_a_dry_run_learns_nothing(tmp_path: Path, drawings: Path, mine: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 import perdure
 from perdure import launch
 from perdure.benchmarks import STREAMS, mini
+from perdure.core.state import write_json
 from perdure.data.task import Stream
 from perdure.launch.configure import PRESETS, configure, read_preset
 from perdure.synthesis.store import collect
@@ -23,7 +24,7 @@ NAMES = sorted(p.name.removesuffix(".yaml") for p in PRESETS.iterdir() if p.name
 SMALL: dict[str, Any] = {"images": 6, "batch_size": 4, "precision": "fp32"}
 SMALL_GENERATOR: dict[str, Any] = {"generator": "stream", "vocabulary": "stream", "sampling_steps": 1, "synthetic": 3}
 ON_TREES = ("mtil", "mtil-2", "x-tail", "cifar100-10", "cifar100-20")
-UNTRAINED = ("ridge", "rapf", "cgil")  # whose losses, if any, are those of phases
+UNTRAINED = ("ridge", "rapf", "cgil", "clg_cbm")  # whose losses, if any, are those of phases
 LAST_AT_0 = ("gift", "zscl", "lwf", "lwf_vr", "wc", "we", "icarl")
 
 
@@ -44,6 +45,10 @@ def overrides(preset: dict[str, Any]) -> dict[str, Any]:
         return {"images": 6, "precision": "fp32", "features": 32}
     if preset["method"] == "cgil":  # two images a class at least; another model is loaded than the small one
         return {**SMALL, "images": 18, "epochs": 1, "draws": 8, "vae_passes": 10, "model": str(mini.MODEL)}
+    if preset["method"] == "clg_cbm":  # six images and the vocabulary's words hold no ten concepts a class
+        return {**SMALL, "epochs": 1, "first_epochs": 1, "search_epochs": 1, "per_class": 1}
+    if preset["method"] == "taalm":  # of two images a class at least it learns what pairs count
+        return {**SMALL, "images": 18, "iterations": 2, "meta_steps": 1, "meta_batch": 1}
     last = preset["method"] in LAST_AT_0  # these take a last step at rate 0
     by_epochs = {"epochs": 2 - last, "images": 4} if "epochs" in preset else {"iterations": 2 - last}
     if preset["method"] == "moe_adapters":  # takes a last step at rate 0; AlexNet's weights are not everybody's
@@ -68,6 +73,10 @@ def on_trees(preset: dict[str, Any], data: Path, pairs: Path) -> dict[str, Any]:
     if preset["method"] == "gift":
         collect(pairs, torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8), list("abc"), "noise")
         changed |= {"pairs": str(pairs), "synthetic": 3}
+    if preset["method"] == "clg_cbm":
+        names = [one.name for task in STREAMS[preset["stream"]].value().tasks for one in task.classes]
+        write_json(pairs.with_name("concepts.json"), {name: [f"{name} {k}" for k in range(2)] for name in names})
+        changed |= {"concepts": str(pairs.with_name("concepts.json"))}
     return changed
 
 

@@ -18,7 +18,7 @@ from albums import drawings, labelled, pack, png, tasks, write
 import perdure
 from perdure.benchmarks.folder import load_folder
 from perdure.core.errors import DamagedFile, PerdureError
-from perdure.data.files import Files, cannot_be_opened, unreadable
+from perdure.data.files import Files, cannot_be_opened, stacked, unreadable
 from perdure.data.places import Place, index
 from perdure.data.transforms import some_numbers
 
@@ -54,7 +54,7 @@ def test_many_threads_read_one_tar(tmp_path: Path) -> None:
     order = torch.randint(len(files), (200,), generator=torch.Generator().manual_seed(0))
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(files.read, files.select(order).paths))
-    assert torch.equal(torch.stack(found), files[:][order])
+    assert torch.equal(stacked(found, files.side), files[:][order])
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

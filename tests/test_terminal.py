@@ -98,7 +98,11 @@ def test_types_are_words() -> None:
     assert in_words(tuple[str, ...]) == "list of words" and in_words(float | None) == "number or none"
     kinds = {o.key: o.kind for o in everything}
     assert kinds["lr_by_task"] == "number by task name" and kinds["lora_layers"] == "list of words"
-    assert kinds["adapt"] == "full | lora" and kinds["head"] == "yes or no" and kinds["iterations"] == "whole number"
+    assert (
+        kinds["adapt"] == "full | lora | rotation"
+        and kinds["head"] == "yes or no"
+        and kinds["iterations"] == "whole number"
+    )
 
 
 def test_several_may_listen(short_run: Run) -> None:

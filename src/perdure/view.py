@@ -146,12 +146,14 @@ class Screen(Watcher):
 
 
 COLUMNS = ("transfer", "average", "last", "forgetting")
-INCREMENTAL = ("incremental_average", "incremental_last")
+WHERE_KNOWN = (
+    "incremental_average", "incremental_last", "anytime", "performance_drop", "base", "new", "harmonic_mean",
+)  # fmt: skip
 
 
 def summary(runs: Sequence[Mapping[str, Any]], console: Console) -> RenderableType:
     """The figures that papers print, a row a run: with intervals where there is room, else without, else a block a run."""
-    columns = [*COLUMNS, *(INCREMENTAL if any(r.get(INCREMENTAL[0]) is not None for r in runs) else ())]
+    columns = [*COLUMNS, *(c for c in WHERE_KNOWN if any(r.get(c) is not None for r in runs))]
     roomy = console.options.update(width=10_000)
     for intervals in (True, False):
         table = figures(runs, columns, intervals)

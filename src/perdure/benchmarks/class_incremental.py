@@ -198,6 +198,7 @@ def vtab(base: Path) -> Loaded:
 
 # stream → (loader, classes of the first step, of each further step, published order, in words)
 SETTINGS: dict[str, tuple[Callable[[Path], Loaded], int, int, str, str]] = {
+    "cifar100-5": (cifar100, 20, 20, "cifar100", "CIFAR-100 in 5 steps of 20 classes."),
     "cifar100-10": (cifar100, 10, 10, "cifar100", "CIFAR-100 in 10 steps of 10 classes."),
     "cifar100-20": (cifar100, 5, 5, "cifar100", "CIFAR-100 in 20 steps of 5 classes."),
     "cifar100-50": (cifar100, 2, 2, "cifar100", "CIFAR-100 in 50 steps of 2 classes."),

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from perdure import __version__
-from perdure.cli import comparing, data, learner, lists, results, runs, serving
+from perdure.cli import analysing, comparing, data, learner, lists, results, runs, serving
 from perdure.core.errors import PerdureError
 from perdure.terminal import plain_characters, plain_warnings
 
@@ -24,8 +24,8 @@ app = typer.Typer(
 )  # fmt: skip
 for command in (
     learner.learn, learner.predict, learner.evaluate, learner.history, learner.undo, learner.forget, results.export,
-    results.push, serving.serve, runs.run, runs.resume, runs.demo, results.report, comparing.compare, results.generate,
-    lists.methods, lists.streams,
+    results.push, serving.serve, runs.run, runs.resume, runs.demo, results.report, comparing.compare, analysing.analyse,
+    results.generate, lists.methods, lists.streams,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(data.app, name="data")

@@ -52,13 +52,17 @@ def learn(
         ),
     ] = None,
     probe: Annotated[
-        Path | None, typer.Option(help="Folder CLASS/* of pictures to measure zero-shot ability on.")
+        Path | None,
+        typer.Option(help="Folder CLASS/* of pictures, or of synthetic pairs, to measure zero-shot ability on."),
     ] = None,
     keep: Annotated[
         Keep | None, typer.Option(help="What is kept of each task's test pictures; default: pictures.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The seed; default: 0.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be learned, and learn nothing.")] = False,
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Learn all pictures below the folder without labels (pfr).")
+    ] = False,
 ) -> None:
     """Teach a model in use what a folder of pictures shows, and say what was won and lost. Made on first use."""
     from perdure.core.config import pairs
@@ -81,7 +85,7 @@ def learn(
     )
     try:
         with screen:
-            outcomes = learner.learn(pictures, name=name, max_loss=max_loss, dry_run=dry_run)
+            outcomes = learner.learn(pictures, name=name, max_loss=max_loss, dry_run=dry_run, unlabelled=unlabelled)
     except KeyboardInterrupt:
         say(f"\nStopped. {home} is as it was before; the same command begins again.")
         raise typer.Exit(130) from None
@@ -120,13 +124,16 @@ def predict(
     ] = "",
     topk: Annotated[int, typer.Option(min=1, help="How many of the likeliest names.")] = 1,
     format: Annotated[Format, typer.Option(help="How answers are written.")] = Format.table,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say which concepts decided, where the method has any (clg_cbm).")
+    ] = False,
 ) -> None:
     """Say what pictures show. Exit code 1 if one could not be read; the others are answered."""
     from perdure.launch.learner import Learner
 
     names = [n for one in images for n in (sys.stdin.read().splitlines() if one == "-" else [one]) if n]
     learner = Learner(home)
-    rows = learner.predict(names, classes=classes.split(",") if classes else None, topk=topk)
+    rows = learner.predict(names, classes=classes.split(",") if classes else None, topk=topk, explain=explain)
     write_rows(rows, format, topk)
     bad = [row for row in rows if "error" in row]
     for row in bad:

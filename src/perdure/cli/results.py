@@ -114,7 +114,7 @@ def generate(
 def read_metrics(run: Path) -> dict[str, Any]:
     """The metrics of a run folder, or of a metrics.json file."""
     from perdure.core.state import read_json
-    from perdure.launch.folders import refuse_home
+    from perdure.launch.folders import ANALYSIS, refuse_home
 
     path = run / "metrics.json" if run.is_dir() else run
     if not run.exists():
@@ -126,7 +126,8 @@ def read_metrics(run: Path) -> dict[str, Any]:
     needed = {"method", "stream", "seed", "tasks", "accuracy", "seconds", "peak_memory_mb"}
     if not isinstance(found, dict) or not needed <= set(found) or not found["accuracy"]:
         raise PerdureError(f"{path} is not a metrics file of perdure.")
-    return found
+    beside = path.with_name(ANALYSIS)
+    return {**found, "analysis": read_json(beside)} if beside.exists() else found
 
 
 def page_of(runs: list[Path]) -> Path:

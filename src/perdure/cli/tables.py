@@ -92,14 +92,28 @@ def write_rows(rows: Sequence[dict[str, Any]], format: Format, topk: int) -> Non
     elif format is Format.csv:
         text = io.StringIO()
         more = [f"{what}_{k}" for k in range(2, topk + 1) for what in ("label", "score")]
+        explained = ["why"] if any("why" in row for row in plain) else []
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*FIELDS, *more, "error"])
+        writer.writerow([*FIELDS, *more, *explained, "error"])
         for row in plain:
             rest = [x for one in row.get("top", [])[1:] for x in (one["label"], one["score"])]
-            writer.writerow([*(row[f] for f in FIELDS), *rest, *[""] * (len(more) - len(rest)), row.get("error", "")])
+            writer.writerow(
+                [
+                    *(row[f] for f in FIELDS),
+                    *rest,
+                    *[""] * (len(more) - len(rest)),
+                    *[reasons(row, "; ")] * len(explained),
+                    row.get("error", ""),
+                ]
+            )
         print(text.getvalue(), end="")
     else:
         table_of_answers(plain)
+
+
+def reasons(row: dict[str, Any], between: str) -> str:
+    """The concepts that decided, each with what it contributed."""
+    return between.join(f"{one['concept']} ({one['contribution']:+.3f})" for one in row.get("why", []))
 
 
 def table_of_answers(rows: Sequence[dict[str, Any]]) -> None:
@@ -108,13 +122,15 @@ def table_of_answers(rows: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None)
-    for column in ("picture", "label", "score", "task", "expert"):
+    explained = ("decided by",) if any("why" in row for row in rows) else ()
+    for column in ("picture", "label", "score", "task", "expert", *explained):
         table.add_column(column, overflow="fold", justify="right" if column == "score" else "left")
     for row in rows:
         if "error" in row:
-            table.add_row(escape(row["path"]), "[red]not read[/]", "", "", "")
+            table.add_row(escape(row["path"]), "[red]not read[/]", "", "", "", *[""] * len(explained))
             continue
         top = row.get("top") or [{"label": row["label"], "score": row["score"]}]
         labels, scores = "\n".join(escape(t["label"]) for t in top), "\n".join(f"{t['score']:.3f}" for t in top)
-        table.add_row(escape(row["path"]), labels, scores, escape(row["task"] or "–"), escape(row["expert"]))
+        why = [escape(reasons(row, "\n") or "–")] * len(explained)
+        table.add_row(escape(row["path"]), labels, scores, escape(row["task"] or "–"), escape(row["expert"]), *why)
     console().print(table)

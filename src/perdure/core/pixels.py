@@ -30,7 +30,7 @@ CENTRE = Fit()
 
 def as_floats(images: Tensor) -> Tensor:
     """float32 in 0 … 1: uint8 is divided by 255, floats are that already."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return images / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def resized(images: Tensor, size: int, fit: Fit = CENTRE) -> Tensor:

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perdure.core.pixels import as_floats
+
 
 class Batch(Mapping[str, Any]):
     """A training batch: a record whose fields are read by name, ``batch.images`` or ``batch["images"]``.
 
-    images: (B, 3, H, W) float32 in 0 … 1, augmented (of a phase on features: (B, D)); labels: (B,) int64; where they are
-    known, index: (B,) int64, the images' numbers in what is trained on, and captions: a text an image. A kind of data that a
-    method adds is one more field.
+    images: (B, 3, H, W) float32 in 0 … 1, augmented (of a phase on features: (B, D)), until ``to`` perhaps uint8 still;
+    labels: (B,) int64; where they are known, index: (B,) int64, the images' numbers in what is trained on, and captions: a
+    text an image. A kind of data that a method adds is one more field.
     """
 
     images: Tensor
@@ -38,5 +40,6 @@ class Batch(Mapping[str, Any]):
         return len(self.fields)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on a device."""
-        return Batch(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.fields.items()})
+        """The batch with its tensors on a device, its images as floats: bytes travel, floats are made there."""
+        there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.fields.items()}
+        return Batch(**{**there, "images": as_floats(there["images"])})

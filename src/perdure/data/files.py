@@ -40,7 +40,7 @@ class Files:
         return len(self.paths)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
-        return self.stacked(readers().map(self.read, self.select(index).paths))
+        return stacked(readers().map(self.read, self.select(index).paths), self.side)
 
     def at(self, side: int, fit: Fit = CENTRE) -> Files:
         """The same files, read at another size and another way: the model's."""
@@ -56,17 +56,12 @@ class Files:
         ready = readers().map(self.read, self.paths[:size])
         for start in range(size, len(self), size):
             following = readers().map(self.read, self.paths[start : start + size])
-            yield self.stacked(ready)
+            yield stacked(ready, self.side)
             ready = following
-        yield self.stacked(ready)
+        yield stacked(ready, self.side)
 
-    def stacked(self, images: Iterable[Tensor]) -> Tensor:
-        """Images as one tensor, which may be empty."""
-        read = list(images)
-        return torch.stack(read) if read else torch.empty(0, 3, self.side, self.side, dtype=torch.uint8)
-
-    def read(self, path: Source) -> Tensor:
-        """One picture, (3, side, side) uint8."""
+    def read(self, path: Source) -> Image.Image:
+        """One picture, side × side."""
         with opened(path) as picture:
             if self.fit.crop:
                 picture = middle(picture)
@@ -74,19 +69,18 @@ class Files:
             wide, tall = (edge if x == short or not self.fit.crop else int(edge * x / short) for x in picture.size)
             picture = picture.resize((wide, tall), Image.Resampling[self.fit.resample.upper()])
             left, top = (wide - self.side) // 2, (tall - self.side) // 2
-            return as_tensor(picture.crop((left, top, left + self.side, top + self.side)))
+            return picture.crop((left, top, left + self.side, top + self.side))
 
     def crops(self, index: Tensor, size: int, numbers: Tensor) -> Tensor:
         """(B, 3, size, size) uint8: random crops of the whole pictures ``index`` (B,), by ``numbers`` as ``some_numbers`` has
         them, antialiased."""
 
-        def one(job: tuple[Source, Tensor]) -> Tensor:
+        def one(job: tuple[Source, Tensor]) -> Image.Image:
             with opened(job[0]) as picture:
-                crop = picture.crop(crop_box(picture.size, job[1]))
-                return as_tensor(crop.resize((size, size), Image.Resampling.BICUBIC))
+                return picture.crop(crop_box(picture.size, job[1])).resize((size, size), Image.Resampling.BICUBIC)
 
         chosen = self.select(index).paths
-        return torch.stack([one(job) for job in zip(chosen, numbers.unbind(2), strict=True)])
+        return stacked(map(one, zip(chosen, numbers.unbind(2), strict=True)), size)
 
 
 def middle(picture: Image.Image) -> Image.Image:
@@ -101,8 +95,14 @@ def middle(picture: Image.Image) -> Image.Image:
     return picture.crop((left, top, left + min(wide, kept), top + min(tall, kept)))
 
 
-def as_tensor(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)
+def stacked(pictures: Iterable[Image.Image], side: int) -> Tensor:
+    """(N, 3, side, side) uint8, of which there may be none. By numpy, a picture at a time: torch would start threads of its
+    own, and several readers at once would wait for one another."""
+    images = list(pictures)
+    out = np.empty((len(images), 3, side, side), np.uint8)
+    for place, picture in zip(out, images, strict=True):
+        place[:] = np.asarray(picture).transpose(2, 0, 1)
+    return torch.from_numpy(out)
 
 
 def cannot_be_opened(pixels: Any, most: int) -> list[Source]:

@@ -81,11 +81,39 @@ def reordered(stream: Stream, order: str) -> Stream:
     """
     if stream.labels != "seen":
         raise PerdureError(f"class_order={order}: {stream.name} is no class-incremental stream; its tasks are domains.")
+    check_whole(stream, f"class_order={order}")
     whole = stream.joined(grouped=False)
     numbers = read_order(order, [c.name for c in whole.classes])
     tasks = split_classes(whole.classes, whole.train, whole.test, numbers, [len(t.classes) for t in stream.tasks])
     identity = digest(as_json([stream.digest, numbers]))
     return replace(stream, tasks=tasks, digest=identity)
+
+
+def recut(stream: Stream, base: int, increment: int) -> Stream:
+    """A class-incremental stream with its classes in other steps: ``base`` of them, then ``increment`` a step; another split.
+
+    Raises ``PerdureError`` for any other stream, and where the classes do not come out even.
+    """
+    if not base or not increment:
+        raise PerdureError(
+            f"base={base} increment={increment}: give both, the classes of the first step and of each other."
+        )
+    if stream.labels != "seen":
+        raise PerdureError(f"base={base}: {stream.name} is no class-incremental stream; its tasks are domains.")
+    check_whole(stream, f"base={base}")
+    whole = stream.joined(grouped=False)
+    order = list(range(len(whole.classes)))
+    tasks = split_classes(whole.classes, whole.train, whole.test, order, sizes_of(len(order), base, increment))
+    return replace(stream, tasks=tasks, digest=digest(as_json([stream.digest, base, increment])), base_new="sessions")
+
+
+def check_whole(stream: Stream, asked: str) -> None:
+    """Refuse to cut a stream anew whose later sessions have few images already."""
+    if stream.base_new == "sessions":
+        raise PerdureError(
+            f"{asked}: which images the later sessions of {stream.name} have is fixed, so its classes stay where they are. Cut "
+            "a whole stream, as mini-cil or cifar100-10, with base=, increment=, shots= and shots_from=2."
+        )
 
 
 def read_order(order: str, names: Sequence[str]) -> list[int]:

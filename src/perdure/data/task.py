@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Task:
     """One task of a stream.
 
     ``group`` (C,) is set where several tasks are learned at once but classes compete within their own task only: it holds
-    the number of each class's task.
+    the number of each class's task. ``labelled``: false of a task that has no classes, whose labels mean nothing.
     """
 
     name: str
@@ -88,9 +88,10 @@ class Task:
     index: int = 0
     group: Tensor | None = None
     parts: int = 1
+    labelled: bool = True
 
     def __post_init__(self) -> None:
-        for images in (self.train, self.test):
+        for images in (self.train, self.test) if self.labelled else ():
             check_labels(images.labels, self.classes, f"Task {self.name}")
 
     def prompts(self) -> list[str]:
@@ -123,6 +124,7 @@ class Stream:
     made for; ``defaults`` the option values that suit it; ``digest`` identifies the split; ``notes`` the data's licences.
     ``generator`` is the text-to-image model of its world and ``vocabulary`` what that model can be asked to draw, for
     methods that replay synthetic images; empty: there is none. ``drawings()`` are real pictures of that world beside the tasks.
+    ``base_new``: which classes are new beside those of the first task: those of later ``sessions``, or the ``probe``'s.
     """
 
     name: str
@@ -137,6 +139,7 @@ class Stream:
     generator: str = ""
     vocabulary: tuple[Class, ...] = ()
     drawings: Callable[[], Images] | None = None
+    base_new: Literal["", "sessions", "probe"] = ""
 
     def context(
         self, seed: int = 0, folder: Path | None = None, drawn: OnDraw = silent, warn: Callable[[str], None] = silent,
@@ -174,6 +177,9 @@ class Stream:
         parts += [("the probe", self.probe)] if self.probe else []
         for where, part in parts:
             sides = {"test": part.test, **({"training": part.train} if isinstance(part, Task) else {})}
+            labelled = not isinstance(part, Task) or part.labelled
+            if not labelled:
+                del sides["test"]
             for side, images in sides.items():
                 if not len(images):
                     raise PerdureError(f"{self.name}, {where}: there are no {side} images. Give at least one.")
@@ -184,17 +190,23 @@ class Stream:
                         "right or take them away; perdure data check FOLDER reads every picture and names all; "
                         "unreadable=0.01 leaves out such pictures, up to that share of all."
                     )
-            check_texts(part.classes, clip, f"{self.name}, {where}")
+            if labelled:
+                check_texts(part.classes, clip, f"{self.name}, {where}")
         if self.labels == "seen":  # there the classes of all tasks compete
             check_texts([c for t in self.tasks for c in t.classes], clip, self.name)
 
-    def few_shot(self, shots: int, seed: int) -> Stream:
-        """``shots`` training images a class, drawn by the seed; 0: all. Another split."""
+    def few_shot(self, shots: int, seed: int, since: int = 1) -> Stream:
+        """``shots`` training images a class, drawn by the seed; 0: all. ``since``: of the tasks from this one on, counted from
+        1. Another split."""
         if not shots:
             return self
         draws = {t.name: torch.Generator().manual_seed(derive(seed, t.name, "few-shot")) for t in self.tasks}
-        few = tuple(replace(t, train=t.train.few(shots, draws[t.name])) for t in self.tasks)
-        return replace(self, tasks=few, digest=f"{self.digest}/{shots} shots")
+        few = tuple(
+            replace(t, train=t.train.few(shots, draws[t.name])) if number >= since else t
+            for number, t in enumerate(self.tasks, 1)
+        )
+        later = f" from task {since}" if since > 1 else ""
+        return replace(self, tasks=few, digest=f"{self.digest}/{shots} shots{later}")
 
     def shortened(self, tasks: int, images: int) -> Stream:
         """The first ``tasks`` tasks with at most ``images`` images a side, for a quick look; 0: all. Another split."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -77,3 +78,9 @@ def random_resized_crop(
     grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
     out = F.grid_sample(images, grid.to(images.device), mode="bicubic", padding_mode="border", align_corners=False)
     return out.clamp_(0, 1)
+
+
+def turned(images: Tensor, turns: Sequence[int] = (0, 1, 2, 3)) -> Tensor:
+    """(B, 3, H, W) → (len(turns)·B, 3, H, W): all images turned anticlockwise by so many quarters, one turn after another.
+    H must be W where a turn is odd."""
+    return torch.cat([torch.rot90(images, k, (-2, -1)) for k in turns])

@@ -17,6 +17,7 @@ from perdure.ops import metrics
 from perdure.ops.gap import measure
 
 DRAWS = 1000  # bootstrap samples
+BASE_NEW = ("performance_drop", "base", "new", "harmonic_mean")  # figures of streams with base and new classes
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,17 @@ class Protocol:
         return f"labels={self.labels}, task_id={self.task_id}"
 
 
-def evaluate(method: Method, stream: Stream, protocol: Protocol, seen: int) -> dict[str, Tensor]:
-    """After ``seen`` tasks: which test images of each task, by name, and of the probe are answered rightly, (N,) uint8."""
+def evaluate(
+    method: Method, stream: Stream, protocol: Protocol, seen: int, only_seen: bool = False
+) -> dict[str, Tensor]:
+    """After ``seen`` tasks: which test images of each task, by name, and of the probe are answered rightly, (N,) uint8;
+    ``only_seen``: of these tasks alone."""
     queries, labels = {}, {}
-    for j, task in enumerate(stream.tasks):
+    for j, task in enumerate(stream.tasks[:seen] if only_seen else stream.tasks):
         classes, own = protocol.classes(stream, seen, j)
         queries[task.name] = Query(task.test.pixels, classes, j if protocol.task_id == "known" else None)
         labels[task.name] = task.test.labels + own
-    if stream.probe is not None:
+    if stream.probe is not None and not only_seen:
         queries["probe"] = Query(stream.probe.test.pixels, stream.probe.classes)
         labels["probe"] = stream.probe.test.labels
     answers = method.answer(list(queries.values()))
@@ -95,6 +99,7 @@ def summarise(stream: Stream, rows: list[dict[str, Tensor]], protocol: Protocol,
         "incremental": steps.tolist() if steps is not None else None,
         "incremental_average": None,
         "incremental_last": None,
+        **dict.fromkeys(BASE_NEW if stream.base_new else ()),
         "intervals": {},
     }
     if len(rows) <= len(names):
@@ -111,9 +116,38 @@ def summarise(stream: Stream, rows: list[dict[str, Tensor]], protocol: Protocol,
         resampled = seen_accuracy(draws, sizes)
         out["intervals"]["incremental_average"] = metrics.interval(resampled.mean(1))
         out["intervals"]["incremental_last"] = metrics.interval(resampled[:, -1])
+    given = np.array(accuracy), np.array(out["probe"] or []), draws, samples.get("probe")
+    for name, (value, sampled) in of_base_and_new(stream, *given, sizes).items():
+        out[name], out["intervals"][name] = float(value), metrics.interval(sampled)
     out["accuracy_interval"] = [[metrics.interval(draws[:, i, j]) for j in range(len(names))] for i in range(len(rows))]
     out["probe_interval"] = [metrics.interval(s) for s in samples["probe"].T] if "probe" in samples else None
     return out
+
+
+def of_base_and_new(
+    stream: Stream, accuracy: metrics.Matrix, probe: metrics.Matrix, draws: metrics.Matrix, probe_draws: Any,
+    sizes: metrics.Matrix,
+) -> dict[str, tuple[Any, metrics.Matrix]]:  # fmt: skip
+    """What a stream with base and new classes is judged by, after the last task: each figure, and its bootstrap samples, of
+    accuracies (rows, T) and the probe's (rows,), and of (draws, rows, T) and (draws, rows)."""
+    if not stream.base_new:
+        return {}
+
+    def figures(rows: metrics.Matrix, asked: Any) -> dict[str, Any]:
+        base, new = metrics.base_and_new(rows[..., -1, :], sizes)
+        drop = {}
+        if stream.base_new == "probe":
+            new = asked[..., -1]
+        else:
+            drop = {"performance_drop": metrics.performance_drop(seen_accuracy(rows, sizes))}
+        return {
+            **drop,
+            "base": base,
+            **({"new": new, "harmonic_mean": metrics.harmonic_mean(base, new)} if new is not None else {}),
+        }
+
+    values, sampled = figures(accuracy, probe), figures(draws, probe_draws)
+    return {name: (value, sampled[name]) for name, value in values.items()}
 
 
 def seen_accuracy(accuracy: metrics.Matrix, sizes: metrics.Matrix) -> metrics.Matrix:

@@ -66,7 +66,7 @@ class Learned:
     def task(self, index: int) -> Task:
         """The task without its pictures."""
         none = Images(torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
-        return Task(self.name, self.classes, none, none, index)
+        return Task(self.name, self.classes, none, none, index, labelled=bool(self.classes))
 
     def tests(self, view: tuple[int, Fit]) -> Images | None:
         """Its test pictures, where they are kept and still there."""
@@ -207,6 +207,8 @@ def measure(method: Method, tasks: Sequence[Task], tests: Mapping[str, Images], 
 
 def kept_tests(keep: Keep, images: Images) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """What is kept of a task's test pictures: files of tensors, and what the record says."""
+    if not len(images):  # of a task without labels
+        return {}, {"keep": keep}
     if keep == "pictures":
         pixels = images.pixels[:]
         if pixels.is_floating_point():

@@ -20,6 +20,8 @@ from perdure.data.task import Context, Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, let_go, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent
+from perdure.engine.explained import explanations
+from perdure.engine.online import Between
 from perdure.engine.settings import ELSEWHERE, Settings, load_clip
 from perdure.engine.steps import Every, Steps, forget
 from perdure.engine.summary import summary
@@ -93,6 +95,8 @@ class Loop:
         self.rows = [saved.files["hits"] for saved in done]
         self.records = [saved.record for saved in done]
         self.teacher = Teacher(method, config["seed"], settings, watcher)
+        self.between = Between(method, stream, self.protocol, settings.evaluate_every)
+        self.teacher.stepped = self.stepped
         self.gap_images = for_gap(stream)
         shown = [self.shown(hits) for hits in self.rows]
         watcher.begins([t.name for t in stream.tasks], [a for a, _ in shown], [p for _, p in shown if p is not None])
@@ -127,9 +131,11 @@ class Loop:
             return False
         name = self.stream.tasks[number - 1].name
         self.watcher.learns(name, number)
-        steps = self.steps(number, name)
+        task, steps = self.to_learn(number), self.steps(number, name)
+        self.between.begins(number, task, steps.beside)
+        steps.told = self.between.noted
         start = time.perf_counter() - steps.spent
-        losses = self.teacher.learn(self.to_learn(number), number, steps)
+        losses = self.teacher.learn(task, number, steps)
         trained = time.perf_counter()
         self.watcher.evaluates()
         held = self.method.clip.holds
@@ -146,12 +152,26 @@ class Loop:
         every = Every.read(self.settings.save_every)
         return Steps(self.folder, folder_name(number, name), identities(self.config), after, every, self.watcher.warn)
 
+    def stepped(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
+        """A step of a task is done."""
+        self.watcher.step(step, total, losses)
+        self.between.taken(step, total, losses)
+
     def keep(
         self, number: int, name: str, hits: dict[str, Tensor], found: dict[str, float], losses: Losses,
         times: tuple[float, float],
     ) -> None:  # fmt: skip
         """Write a row and all that belongs to it. ``times``: when the task began, and when it was learned."""
         start, trained = times
+        method = self.method
+        why = (
+            {"explained": explanations(method, self.stream, self.protocol, number)}
+            if number and method.explains()
+            else {}
+        )
+        asked = self.between
+        if number and (self.settings.online or self.settings.evaluate_every):
+            asked.add(hits)
         record = {
             "task": name,
             "number": number,
@@ -159,9 +179,14 @@ class Loop:
             "phases": self.teacher.phases,
             "remarks": self.method.remarks() if number else {},
             "gap": found,
-            "seconds": {"train": round(trained - start, 3), "evaluate": round(time.perf_counter() - trained, 3)},
+            "seconds": {
+                "train": round(trained - start - asked.seconds, 3),
+                "evaluate": round(time.perf_counter() - trained + asked.seconds, 3),
+            },
+            **({"online": {"points": asked.points, "images": asked.shown()}} if asked.points else {}),
             "peak_memory_mb": peak_memory_mb(),
             "config": identity(self.config),
+            **why,
         }
         kept = self.records[-1]["files"] if self.records else {}
         self.records.append(save_task(self.folder, folder_name(number, name), self.method, hits, record, kept))

@@ -16,7 +16,7 @@ from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.precision import precision_of
 from perdure.core.state import read_json
-from perdure.data.splits import reordered
+from perdure.data.splits import recut, reordered
 from perdure.data.task import Stream
 from perdure.engine.steps import Every
 from perdure.models.clip import CLIP
@@ -78,7 +78,31 @@ class Settings:
         int, Field(ge=0, description="at most so many images a task and side, for a quick look; 0: all")
     ] = 0
 
+    online: Annotated[
+        bool, Field(description="online learning: each task's images once, in small batches; more passes are refused")
+    ] = False
+    evaluate_every: Annotated[
+        int,
+        Field(
+            ge=0, le=10**9, description="steps from one evaluation to the next while a task is learned; 0: none then"
+        ),
+    ] = 0
+
     shots: Annotated[int, Field(ge=0, description="training images a class, drawn by the seed (few-shot); 0: all")] = 0
+    shots_from: Annotated[
+        int,
+        Field(ge=1, description="the first task with few shots; 2: the first session is a base that keeps all images"),
+    ] = 1
+    shots_seed: Annotated[
+        int | None, Field(ge=0, description="draws the shots in the place of the run's seed; none: that draws them")
+    ] = None
+    base: Annotated[
+        int,
+        Field(
+            ge=0, description="class-incremental: classes of the first step, with increment; 0: as the stream has it"
+        ),
+    ] = 0
+    increment: Annotated[int, Field(ge=0, description="class-incremental: classes of each further step, with base")] = 0
 
     unreadable: Annotated[
         float,
@@ -98,7 +122,11 @@ class Settings:
     def select(self, stream: Stream, seed: int) -> Stream:
         """The part of ``stream`` that a run is to see."""
         stream = reordered(stream, self.class_order) if self.class_order else stream
-        return stream.shortened(self.tasks, self.images).few_shot(self.shots, seed)
+        stream = recut(stream, self.base, self.increment) if self.base or self.increment else stream
+        if self.shots_from > 1 and stream.labels == "seen":
+            stream = replace(stream, base_new="sessions")
+        draw = seed if self.shots_seed is None else self.shots_seed
+        return stream.shortened(self.tasks, self.images).few_shot(self.shots, draw, self.shots_from)
 
     def settled(self, stream: Stream) -> Settings:
         """With every choice made, as a run records it: folders as absolute paths, a class order by its content."""

@@ -67,6 +67,8 @@ class Steps:
         self.folder, self.name, self.ours, self.after = run / f"{BEGUN}{name}", name, ours, after
         self.every, self.warn = every, warn
         self.count, self.spent = 0, 0.0  # trainings so far; seconds that the task had taken before this process
+        self.beside: dict[str, Any] = {}  # what ``told`` had told at the last save
+        self.told: Callable[[], dict[str, Any]] = dict
         self.entries: dict[str, dict[str, Any]] = {}  # as the file on the disk has them, by the training's number
         self.read()
         self.began = self.saved = time.monotonic()  # no clock that can be set
@@ -111,7 +113,8 @@ class Steps:
             about = {"name": name, "step": snapshot.step, "last": snapshot.last, "values": snapshot.values}
             entries = {**self.entries, key: {**about, "path": path.name, "sha256": sha256, "bytes": size}}
             seconds = round(self.spent + time.monotonic() - self.began, 3)
-            record = {"config": self.ours[0], "after": self.after, "seconds": seconds, "trainings": entries}
+            record = {"config": self.ours[0], "after": self.after, "seconds": seconds, "beside": self.told()}
+            record["trainings"] = entries
             write_json(self.folder / "state.json", {**record, "sha256": seal(record)})
             self.entries = entries
         except OSError:
@@ -145,7 +148,7 @@ class Steps:
             if record["after"] != self.after:  # the task before it was learned anew
                 self.done()
                 return
-            self.entries, self.spent = record["trainings"], record["seconds"]
+            self.entries, self.spent, self.beside = record["trainings"], record["seconds"], record["beside"]
         except DamagedFile as error:
             aside = free_name(self.folder.with_name(f"damaged_{self.folder.name}"))
             os.replace(self.folder, aside)

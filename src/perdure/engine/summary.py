@@ -10,6 +10,7 @@ from torch import Tensor
 
 from perdure.data.task import Stream
 from perdure.engine.evaluate import Protocol, summarise
+from perdure.engine.online import course
 from perdure.engine.settings import Settings
 from perdure.methods.base import Method
 
@@ -37,10 +38,12 @@ def summary(
         "seed": c["seed"],
         "tasks": tasks,
         **figures,
+        **course(records),
         "gap": [r.get("gap") for r in records],
         "seconds": round(sum(s["train"] + s["evaluate"] for s in seconds), 2),
         "seconds_by_task": [{"task": r["task"], **r["seconds"]} for r in records],
         "peak_memory_mb": max(r["peak_memory_mb"] for r in records),
+        **({"explained": records[-1]["explained"]} if "explained" in records[-1] else {}),
         "losses": {r["task"]: thinned(r["losses"]) for r in records if r["losses"]},
         "phases": {
             r["task"]: {name: thinned(losses) for name, losses in r["phases"].items() if losses}

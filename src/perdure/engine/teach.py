@@ -29,6 +29,7 @@ class Teacher:
         self.method, self.seed, self.settings, self.watcher = method, seed, settings, watcher
         self.phases: dict[str, Losses] = {}
         self.steps: Steps | None = None
+        self.stepped = watcher.step  # hears of each step of a task
 
     def learn(self, task: Task | None, number: int, steps: Steps | None = None) -> Losses:
         """Learn ``task`` as number 1, 2, …; return its losses, one value a step by name. None: there is nothing to learn.
@@ -55,7 +56,7 @@ class Teacher:
         s = self.settings
         with stopping.held(working=True):
             losses = fit(
-                method, material, generator, clip.size, clip.device, s.precision, self.watcher.step, workers=s.workers,
+                method, material, generator, clip.size, clip.device, s.precision, self.stepped, workers=s.workers,
                 saver=self.saver(task.name),
             )  # fmt: skip
         if losses.steps:

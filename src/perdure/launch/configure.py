@@ -20,6 +20,7 @@ from perdure.core.paths import expanded
 from perdure.data.task import Stream
 from perdure.data.tolerated import find_unreadable, without
 from perdure.engine.environment import environment
+from perdure.engine.online import ONE_PASS, check_asked, check_one_pass
 from perdure.engine.settings import Settings, load_clip
 from perdure.engine.summary import FORMAT
 from perdure.launch.options import build_entry, method_options
@@ -78,6 +79,10 @@ def configure(
     )  # what suits a stream suits the CLIP it is for
     layer = {key: value for key, value in suits.items() if key in general or (own and key in known)}
     values = resolve({**known, **general}, layer, preset, given, complaints=complaints)
+    if values["online"]:
+        once = {key: value for key, value in ONE_PASS.items() if key in known}
+        values = resolve({**known, **general}, layer, once, preset, given)
+        check_one_pass(values)
     check_tasks(values, data, given, warn)
     check_parts(values)
     settings = Settings(**{key: values[key] for key in general}).settled(data)
@@ -139,5 +144,8 @@ def prepare(
         if clip.note:
             warn(clip.note)
         found = {"weights": clip.fingerprint(), "backbone": clip.described(), "revision": clip.revision}
-        build_entry(find_method(method)[0], config["options"]).bind(clip, data.context(seed, folder))
+        learner = build_entry(find_method(method)[0], config["options"])
+        learner.bind(clip, data.context(seed, folder, labels=config["settings"]["labels"]))
+        if config["settings"]["evaluate_every"]:
+            check_asked(learner)
     return {**config, **{key: value for key, value in found.items() if value}}

@@ -18,6 +18,7 @@ from perdure.engine.watcher import Watcher
 
 NEEDED = {"method", "stream", "seed", "options", "settings", "split", "weights", "environment"}
 REPLACED, MOVING = ".replaced", ".moving"
+ANALYSIS = "analysis.json"  # what ``perdure analyse`` found, beside a run's metrics
 
 
 def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
@@ -100,7 +101,7 @@ def own_files(folder: Path) -> list[Path]:
     tasks = [
         p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"(damaged_)?(begun_)?(\.)?task_\d+_.*", p.name)
     ]
-    return sorted([*tasks, *(p for n in ("config.json", "metrics.json") if (p := folder / n).exists())])
+    return sorted([*tasks, *(p for n in ("config.json", "metrics.json", ANALYSIS) if (p := folder / n).exists())])
 
 
 def set_aside(folder: Path) -> None:

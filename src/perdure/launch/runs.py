@@ -180,7 +180,7 @@ def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     matrices = {
         k: np.mean([r[k] for r in runs], axis=0).tolist() for k in ("accuracy", "probe", "incremental") if first[k]
     }
-    dropped = ("accuracy_interval", "probe_interval", "losses", "phases", "seconds_by_task")
+    dropped = ("accuracy_interval", "probe_interval", "losses", "phases", "seconds_by_task", "explained")
     return {
         **{k: v for k, v in first.items() if k not in dropped},
         **{k: float(v.mean()) for k, v in values.items()},

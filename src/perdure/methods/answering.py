@@ -9,11 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from perdure.core.errors import PerdureError
 from perdure.core.features import Features
 from perdure.core.weights import Weights
 from perdure.data.files import Pixels
 from perdure.data.task import Query
 from perdure.models.clip import CLIP
+
+Reason = tuple[str, float]  # what decided, in words, and what it contributed
 
 
 @dataclass(frozen=True)
@@ -115,3 +118,28 @@ class Answering(ABC):
             images, rows = query.whole
             return self.clip.embeddings(images)[rows.to(self.clip.device)]
         return self.clip.encode_image(query.images[:])
+
+    # ---- why
+
+    def explains(self) -> bool:
+        """Whether ``explain`` has more to say than the answer itself."""
+        return type(self).explain is not Answering.explain
+
+    def explain(self, query: Query, chosen: Sequence[int]) -> list[list[Reason]]:
+        """Of each image, what contributed most to the class numbered ``chosen`` (N,), from ``query.features``; nothing where
+        that class was never learned."""
+        raise PerdureError(
+            f"{type(self).__name__} answers without concepts, so there is nothing to tell of an answer but its score. A "
+            "method that has them is clg_cbm."
+        )
+
+    def heaviest(self) -> dict[str, list[Reason]]:
+        """Of each class learned, what weighs most in its answer, where ``explains``."""
+        return {}
+
+    @torch.no_grad()
+    def explained(self, query: Query, chosen: Sequence[int]) -> list[list[Reason]]:
+        """``explain`` for images that were not seen yet. The model is left as it was found."""
+        with self.clip.preserved():
+            self.load_expert(self.head_expert())
+            return self.explain(replace(query, features=self.look(query.images)), chosen)

@@ -26,15 +26,16 @@ from perdure.core.packing import Packed, kinds, pack, unpack
 from perdure.core.registry import Registry, Row
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
-from perdure.methods.answering import Answering, Expert
+from perdure.methods.answering import Answering, Expert, Reason
 from perdure.methods.inside import Inside
 from perdure.models.clip import CLIP
-from perdure.ops.losses import classification, pairwise
+from perdure.training.contrastive import check_loss, of_captions, of_classes
 from perdure.training.fit import Backward, Learner, Losses, Stepper, optimise
 from perdure.training.recipe import Recipe, Training
 from perdure.training.schedule import Schedule
+from perdure.training.spread import regularised
 
-__all__ = ["METHODS", "Expert", "Method", "Recipe", "Row", "State", "Trainer", "Training", "register"]
+__all__ = ["METHODS", "Expert", "Method", "Reason", "Recipe", "Row", "State", "Trainer", "Training", "register"]
 Trainer = Callable[[Stepper, Schedule, Iterator[Batch], str], Losses]
 
 
@@ -57,12 +58,12 @@ class Method(Answering, Inside, Learner):
     scope: ClassVar[Literal["task", "stream"]] = "task"  # stream: sees all tasks at once
     learns: ClassVar[bool] = True  # False: no task changes anything
     carries_weights: ClassVar[bool] = True  # False: ``start`` and ``experts`` never need the last task's weights
-    reference: ClassVar[Literal["", "lower", "upper"]] = (
-        ""  # no contestant: what others are held to, from below or above
-    )
+    needs_labels: ClassVar[bool] = True  # False: can be taught by a task without classes, too
+    reference: ClassVar[Literal["", "lower", "upper"]] = ""  # no contestant: what others are held to from below, above
 
     clip: CLIP
     trainer: Trainer | None = None  # lent by a run
+    regularised = regularised  # VCReg's terms, where the options ask for them
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -77,12 +78,13 @@ class Method(Answering, Inside, Learner):
         c = self.config
         if c.adapt == "lora":
             clip.adapt(c.lora_rank, c.lora_alpha, c.lora_layers, c.towers, c.lora_init)
+        elif c.adapt == "rotation":
+            clip.rotate(c.rotation_block, c.rotation_layers, c.towers)
         for name, parameter in clip.backbone.named_parameters():
             learns = c.towers in ("both", clip.part_of(name)) and clip.part_of(name) != "scale"
             parameter.requires_grad_(parameter.requires_grad and learns)
         self.join(clip, context or Context())
-        if c.loss == "sigmoid":
-            clip.check_bias("loss=sigmoid")
+        check_loss(c, clip, self.context)
 
     def join(self, clip: CLIP, context: Context) -> None:
         """Take a model that is ready to learn: all that a part of a composition does which does not learn."""
@@ -129,14 +131,17 @@ class Method(Answering, Inside, Learner):
 
     def task_loss(self, batch: Batch) -> Tensor:
         """The classification loss of the task at hand."""
-        return self.classify(self.clip.encode_image(batch.images), batch.labels)
+        return self.classify(self.clip.encode_image(batch.images), batch.labels, batch.get("captions"))
 
-    def classify(self, images: Tensor, labels: Tensor) -> Tensor:
-        """``task_loss`` of images that are embedded already, (B, D), against labels (B,)."""
+    def classify(
+        self, images: Tensor, labels: Tensor, captions: Sequence[str] | None = None, reduction: str = "mean"
+    ) -> Tensor:
+        """``task_loss`` of images that are embedded already, (B, D), against labels (B,), or with a caption each; reduction
+        "none": of each, (B,)."""
+        if getattr(self.config, "loss", "softmax") == "contrastive":
+            return of_captions(self.config, self.clip, images, captions, reduction)
         texts = self.frozen_texts if self.frozen_texts is not None else self.clip.encode_tokens(self.tokens)
-        logits = self.clip.similarity(images, texts)
-        loss = {"softmax": classification, "sigmoid": pairwise}[getattr(self.config, "loss", "softmax")]
-        return loss(logits, labels, self.config.label_smoothing, self.group)
+        return of_classes(self.config, self.clip, images, texts, labels, self.group, reduction)
 
     # ---- what it brings
 
@@ -229,6 +234,9 @@ class Method(Answering, Inside, Learner):
     def answer_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """What the answer role knows beyond the weights, as ``pack_state`` has it: what an export must not leave out."""
         return self.pack_state() if self.finalizes() else ({}, {})
+
+    def publish(self) -> None:
+        """It is about to be exported, to answer elsewhere: give up what is nobody else's, as pictures."""
 
     def forget(self, task: str, before: Packed, after: Packed) -> None:
         """Unlearn a task, as if it had never been learned. ``before`` and ``after``: the state, as ``pack_state`` gave it when

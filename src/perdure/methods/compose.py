@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,9 +13,9 @@ from perdure.core.features import Features
 from perdure.core.packing import Packed
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
-from perdure.methods.base import Expert, Method, Trainer
+from perdure.methods.base import Expert, Method, Reason, Trainer
 from perdure.models.clip import CLIP
-from perdure.training.fit import Backward
+from perdure.training.fit import Backward, Regulariser
 from perdure.training.schedule import Schedule
 
 
@@ -39,6 +40,7 @@ class Compose(Method):
         self.learn, self.fuser, self.answerer = learn, fuse or learn, answer or learn
         self.parts = {"learn": learn, "fuse": self.fuser, "answer": self.answerer}
         self.scope = learn.scope  # type: ignore[misc]
+        self.needs_labels = any(part.needs_labels for part in self.parts.values())  # type: ignore[misc]
         self.learns = any(part.learns for part in self.parts.values())  # type: ignore[misc]
         self.carries_weights = self.fuser.carries_weights  # type: ignore[misc]
 
@@ -63,6 +65,9 @@ class Compose(Method):
 
     def step(self, batch: Batch, backward: Backward) -> None:
         self.learn.step(batch, backward)
+
+    def regularised(self) -> AbstractContextManager[Regulariser | None]:
+        return self.learn.regularised()
 
     def enough(self, steps: int) -> bool:
         return self.learn.enough(steps)
@@ -134,8 +139,21 @@ class Compose(Method):
     def finalize(self, query: Query, logits: Tensor) -> Tensor:
         return self.answerer.finalize(query, logits)
 
+    def explains(self) -> bool:
+        return self.answerer.explains()
+
+    def explain(self, query: Query, chosen: Sequence[int]) -> list[list[Reason]]:
+        return self.answerer.explain(query, chosen)
+
+    def heaviest(self) -> dict[str, list[Reason]]:
+        return self.answerer.heaviest()
+
     def answer_state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         return self.answerer.answer_state()
+
+    def publish(self) -> None:
+        for part in self.distinct().values():
+            part.publish()
 
     def forget(self, task: str, before: Packed, after: Packed) -> None:
         roles = {role: part for role, part in self.distinct().items() if part in (self.fuser, self.answerer)}

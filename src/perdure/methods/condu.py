@@ -87,9 +87,9 @@ class ConDU(Method):
     def join(self, clip: CLIP, context: Context) -> None:
         super().join(clip, context)
         self.factors = lora.factors(clip.backbone)  # that every task starts from
-        if self.config.lora_unify == "factors" and not self.factors:
+        if self.config.lora_unify == "factors" and not any(lora.adapters(clip.backbone)):
             raise PerdureError(
-                "lora_unify=factors: no adapters are trained here. Set adapt=lora, or lora_unify=products."
+                "lora_unify=factors: no low-rank adapters are trained here. Set adapt=lora, or lora_unify=products."
             )
 
     @property

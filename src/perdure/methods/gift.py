@@ -36,7 +36,7 @@ from perdure.core.weights import interpolate, original
 from perdure.data.task import Batch, Context, Task
 from perdure.methods.base import Method, Recipe, State, register
 from perdure.models.clip import CLIP
-from perdure.ops.losses import alignment, alignment_targets, distillation
+from perdure.ops.losses import alignment, alignment_targets, distillation, positive_pull
 from perdure.synthesis.replay import Replay, Synthesis
 from perdure.training.fit import Backward, Gradients, batches
 from perdure.training.schedule import Schedule
@@ -177,6 +177,8 @@ class GIFT(Method):
             targets = alignment_targets(place).to(student.device)
             losses["align_image"] = c.beta * alignment(student, targets, c.label_smoothing)
             losses["align_text"] = c.beta * alignment(student.T, targets, c.label_smoothing)
+        if c.positive_pull:
+            losses["pull"] = c.positive_pull * positive_pull(student_i, student_t)
         return losses
 
     def pack_progress(self) -> Packed:

@@ -116,7 +116,7 @@ class ICaRL(Method):
     def step(self, batch: Batch, backward: Backward) -> None:
         """One batch of the task and one of the memory, through the image tower together."""
         images, losses = self.distiller.forward(batch.images)
-        backward(task=self.classify(images, batch.labels), **losses)
+        backward(task=self.classify(images, batch.labels, batch.get("captions")), **losses)
 
     def pack_progress(self) -> Packed:
         files, values = super().pack_progress()

@@ -71,6 +71,8 @@ class Config(Alignment, Recipe):
     iterations: Annotated[int, Field(ge=0, le=10**9, description="optimiser steps a task, where epochs=0")] = 0
     warmup: Annotated[int, Field(ge=0, le=10**9, description="steps of linear warm-up")] = 0
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of the heads' loss")] = 0.0
+    loss: Annotated[Literal["softmax"], Field(description="of the heads, which know no texts")] = "softmax"
+    positive_pull: Annotated[float, Field(ge=0, le=0, description="heads have no texts to be pulled to")] = 0.0
     optimizer: Annotated[Literal["adamw", "adam", "sgd"], Field(description="of tower and heads")] = "sgd"
     towers: Annotated[Literal["image"], Field(description="the text tower is not used, and stays")] = "image"
     tower_lr_scale: Annotated[float, Field(ge=0, description="factor on the tower's rate; 0: it stays")] = 0.01

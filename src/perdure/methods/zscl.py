@@ -85,7 +85,7 @@ class ZSCL(Method):
                 f"average_every={c.average_every}: in {c.iterations} iterations the only averaging is after the first step, "
                 "so the mean would be where the task began. Set average_every=0, or lower than iterations."
             )
-        if c.average == "moving" and c.moving_towards == "initial" and c.adapt == "lora":
+        if c.average == "moving" and c.moving_towards == "initial" and c.adapt != "full":
             raise PerdureError(
                 "moving_towards=initial: adapters have no pre-trained weights to go back to. Set moving_towards=previous, or "
                 "adapt=full."
@@ -122,7 +122,9 @@ class ZSCL(Method):
     def step(self, batch: Batch, backward: Backward) -> None:
         """One batch of the task and one of the references, through the image tower together."""
         images, losses = self.distiller.forward(batch.images)
-        backward(task=self.classify(images, batch.labels), **losses, **self.consolidate(backward))
+        backward(
+            task=self.classify(images, batch.labels, batch.get("captions")), **losses, **self.consolidate(backward)
+        )
 
     def consolidate(self, backward: Backward) -> dict[str, Tensor]:
         """λ·Σ ‖θ - θᵗ⁻¹‖², whose gradient is added in closed form."""

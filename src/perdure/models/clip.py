@@ -49,6 +49,11 @@ class CLIP(TwoTowers):
         return vision.image_size, vision.image_size // vision.patch_size
 
     @property
+    def width(self) -> int:
+        """Numbers of an embedding."""
+        return self.backbone.config.projection_dim
+
+    @property
     def bias(self) -> Tensor | None:
         """What is added to logits: nothing, in CLIP."""
         return None
@@ -96,7 +101,7 @@ class CLIP(TwoTowers):
                 f"The CLIP at {self.path} has changed since it was loaded. Put the weights back that the run began with, "
                 "or start a new run."
             )
-        return found.weights()
+        return {**found.weights(), **self.grown}
 
     def described(self) -> dict[str, Any]:
         """What makes it this model beside its weights, as a run records it."""
@@ -114,6 +119,11 @@ class CLIP(TwoTowers):
 
     def check_saveable(self) -> None:
         """Refuse what ``save`` could not write, before anything is written."""
+        if self.grown:
+            raise PerdureError(
+                f"The model holds weights inside its towers ({', '.join(self.grown)}) for which a plain transformers "
+                "checkpoint has no place: without them it is another model. Nothing was written."
+            )
         if not hasattr(self.tokenizer, "save_pretrained"):
             raise PerdureError(f"The tokenizer of {self.path} cannot be saved. Load the CLIP with its tokenizer files.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ from perdure.core.errors import PerdureError
 from perdure.core.features import Memory
 from perdure.core.packing import Frozen
 from perdure.core.weights import Weights
-from perdure.models import lora
+from perdure.models import lora, rotation
 
 T = TypeVar("T")
+H = TypeVar("H", bound="Held")
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Held(nn.Module):
         self.rebased = False  # whether the plain weights differ from the pre-trained ones
         self.born = dict(self.backbone.named_parameters())  # objects that stay the same, whatever is built around them
         self.buffers_born = set(self.backbone.state_dict()) - set(self.born)
+        self.grown: dict[str, Tensor] = {}  # weights that ``grow`` has added, as they began
         self.identity = ""  # the fingerprint of the weights it was born with, once it was asked for
         self._last: Last | None = None
         self._fixed: object = "pretrained"  # the weights it holds, where they are such as never change; else None
@@ -51,6 +54,17 @@ class Held(nn.Module):
     def plain(self) -> dict[str, Tensor]:
         """Its own tensors, those it was born with, under their names in a plain checkpoint, wherever they stand now."""
         return {**self.born, **{n: t for n, t in lora.plain(self.backbone).items() if n in self.buffers_born}}
+
+    def grow(self, name: str, module: nn.Module) -> None:
+        """Put a module into the backbone, whose parameters are weights of its own from now on: experts, fusion and checkpoints
+        have them, and no plain ``transformers`` model does. It is made of them alone; with the pre-trained weights it must not
+        act, so that those mean what they did."""
+        self.backbone.add_module(name, module)
+        fresh = {f"{name}.{key}": parameter for key, parameter in module.named_parameters()}
+        self.born.update(fresh)
+        self.grown.update({key: parameter.detach().clone() for key, parameter in fresh.items()})
+        if "pretrained" in vars(self):  # read before
+            self.pretrained = {**self.pretrained, **self.grown}
 
     def added(self) -> dict[str, Tensor]:
         """Tensors that were put into its towers later, adapters and other modules, by their names there."""
@@ -64,7 +78,7 @@ class Held(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of all weights under the names of a plain checkpoint, adapters merged in."""
-        return lora.merged(self.backbone, self.plain())
+        return {**lora.merged(self.backbone, self.plain()), **rotation.folded(self.backbone)}
 
     @cached_property
     def pretrained(self) -> dict[str, Tensor]:
@@ -74,12 +88,17 @@ class Held(nn.Module):
     def fingerprint(self) -> str:
         """A sha256 over names and values of the weights: which model this is, wherever it came from."""
         whole = hashlib.sha256()
-        for name, tensor in sorted(self.weights().items()):
+        for name, tensor in sorted((n, t) for n, t in self.weights().items() if n not in self.grown):
             whole.update(name.encode())
             whole.update(tensor.cpu().contiguous().numpy().tobytes())
         if self.holds == "pretrained" and not self.rebased:
             self.identity = whole.hexdigest()
         return whole.hexdigest()
+
+    def frozen_copy(self: H) -> H:
+        """A copy of the model as it is now, which learns no more. What it was born with and what it remembers is shared."""
+        shared = [self.__dict__[key] for key in ("pretrained", "_memory") if self.__dict__.get(key) is not None]
+        return copy.deepcopy(self, {id(one): one for one in shared}).requires_grad_(False)
 
     def load_weights(self, name: str, weights: Weights) -> None:
         """Take plain weights on, in place. A name that it holds already costs nothing."""
@@ -91,6 +110,7 @@ class Held(nn.Module):
             for key, value in weights.items():
                 own[key].copy_(value)
         lora.silence(self.backbone)
+        rotation.reset(self.backbone)
         self.rebased = name != "pretrained"
         self.changed(name)
         if isinstance(weights, Frozen):
@@ -151,6 +171,7 @@ class Held(nn.Module):
         """Back to the pre-trained weights, with new adapters where there are any."""
         self.load_weights("pretrained", self.pretrained)
         lora.reset(self.backbone)
+        rotation.reset(self.backbone)
         self.with_new_adapters()
 
     def with_new_adapters(self) -> None:
@@ -161,7 +182,8 @@ class Held(nn.Module):
     def trained(self, name: str, parameters: Iterable[Tensor] | None = None) -> None:
         """Training has changed these parameters (None: all that may learn); those that were added are no weights of its own."""
         changed = {id(p) for p in (self.backbone.parameters() if parameters is None else parameters) if p.requires_grad}
-        self.rebased = self.rebased or any(id(tensor) in changed for tensor in self.plain().values())
+        own = (tensor for key, tensor in self.plain().items() if key not in self.grown)
+        self.rebased = self.rebased or any(id(tensor) in changed for tensor in own)
         self.changed(name)
 
     def adapt(self, rank: int, alpha: float, targets: Sequence[str], towers: str, init: str = "kaiming") -> None:
@@ -174,12 +196,16 @@ class Held(nn.Module):
             ) from error
         self.with_new_adapters()
 
+    def rotate(self, block: int, layers: Sequence[str], towers: str) -> None:
+        """Freeze the weights and train rotations of them in their place. ``PerdureError`` where that cannot be."""
+        rotation.attach(self.backbone, block, layers, towers)
+
     def own_state(self) -> dict[str, Tensor]:
-        """What must be kept to come back to the present weights from the pre-trained ones, bit for bit: adapters, and its
-        own tensors where they have changed. Modules of a method's own are the method's."""
+        """What must be kept to come back to the present weights from the pre-trained ones, bit for bit: adapters, what has
+        grown, and its own tensors where they have changed. Modules of a method's own are the method's."""
         own = set(map(id, self.plain().values())) if self.rebased else set()
         state = self.backbone.state_dict(keep_vars=True)
-        return {n: t.detach() for n, t in state.items() if "lora_" in n or id(t) in own}
+        return {n: t.detach() for n, t in state.items() if lora.adapts(n) or n in self.grown or id(t) in own}
 
     def load_own_state(self, state: Weights, name: str) -> None:
         """The inverse of ``own_state``."""
@@ -187,8 +213,10 @@ class Held(nn.Module):
         strange = sorted(key for key, tensor in state.items() if key not in known or known[key].shape != tensor.shape)
         if strange:
             raise PerdureError(f"The saved weights are another architecture's: {strange[0]} does not fit this model.")
+        if not state and self.holds == "pretrained" and not self.rebased:
+            return  # nothing had changed: what is known of the pre-trained weights stays true
         self.backbone.load_state_dict(dict(state), strict=False)
-        self.rebased = any("lora_" not in key for key in state)
+        self.rebased = any(not lora.adapts(key) and key not in self.grown for key in state)
         self.changed(name)
 
     def changed(self, name: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from perdure.core.weights import Lazy, Weights
 
+ADAPTING = ("lora_", ".rotation.")  # in the names of factors, and of what turns a weight (rotation.py)
 TOWERS = {"both": "(vision_model|text_model)", "image": "vision_model", "text": "text_model"}
 
 
@@ -72,10 +73,15 @@ def silence(module: nn.Module) -> None:
         layer.lora_B["default"].weight.zero_()
 
 
+def adapts(name: str) -> bool:
+    """Whether a tensor of this name belongs to an adapter."""
+    return any(mark in name for mark in ADAPTING)
+
+
 def plain(module: nn.Module) -> dict[str, Tensor]:
     """The module's own tensors without its adapters, under the names they have in a model without any."""
     state = module.state_dict(keep_vars=True)
-    return {name.replace(".base_layer.", "."): t for name, t in state.items() if "lora_" not in name}
+    return {name.replace(".base_layer.", "."): t for name, t in state.items() if not adapts(name)}
 
 
 @torch.no_grad()
@@ -88,8 +94,8 @@ def merged(module: nn.Module, weights: Weights) -> dict[str, Tensor]:
 
 
 def factors(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of all A and B, by name."""
-    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items() if "lora_" in name}
+    """A copy of all that adapts (A and B, or the entries of rotations), by name."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items() if adapts(name)}
 
 
 def multiplied(module: nn.Module, weights: Weights, found: Weights) -> Lazy:

@@ -10,11 +10,13 @@ In training it is activations that fill the memory, and they grow with the batch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 
@@ -37,3 +39,22 @@ def by_blocks(backbone: Any) -> None:
     for block in backbone.modules():
         if isinstance(block, GradientCheckpointingLayer):
             block.training = True  # of the block alone, which asks for it; the dropout inside stays off
+
+
+@contextlib.contextmanager
+def differentiable_twice(clip: Any) -> Iterator[None]:
+    """Meanwhile nothing is computed again, as it would be by the weights that ``clip`` holds by then, and attention is done by
+    plain products, since the fused kernels have no second derivative."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    parts, clip.accumulate = clip.accumulate, 1
+    blocks = [b for b in clip.backbone.modules() if isinstance(b, GradientCheckpointingLayer) and b.training]
+    for block in blocks:
+        block.training = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        clip.accumulate = parts
+        for block in blocks:
+            block.training = True

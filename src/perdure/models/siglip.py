@@ -41,6 +41,10 @@ class SigLIP(CLIP):
     class_token = 0
 
     @property
+    def width(self) -> int:
+        return self.backbone.config.vision_config.hidden_size
+
+    @property
     def bias(self) -> Tensor | None:
         return self.backbone.logit_bias
 

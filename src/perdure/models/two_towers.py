@@ -108,7 +108,7 @@ class TwoTowers(Logits, Held):
             pooled = self.pooled(out).float()
             raw, patches = self.project(pooled), pooled[:, :0]
             if block:
-                tokens = out.hidden_states[-block][:, self.class_token :].float()
+                tokens = out.hidden_states[-block][:, self.class_token :][:, : side**2].float()
                 fields = tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
                 patches = F.adaptive_avg_pool2d(fields, grid).flatten(1)
             return Features(F.normalize(raw, dim=-1), pooled, patches, raw.norm(dim=-1, keepdim=True))

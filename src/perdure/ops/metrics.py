@@ -72,6 +72,27 @@ def incremental(after_each_step: ArrayLike) -> tuple[float, float]:
     return float(steps.mean()), float(steps[-1])
 
 
+def performance_drop(after_each_step: ArrayLike) -> Matrix:
+    """PD of few-shot class-incremental learning (Zhang et al., CVPR 2021): the accuracy over all classes seen after the first
+    session minus that after the last, (…, sessions) → (…). Positive means lost."""
+    steps = np.asarray(after_each_step, dtype=np.float64)
+    return steps[..., 0] - steps[..., -1]
+
+
+def base_and_new(row: ArrayLike, sizes: ArrayLike) -> tuple[Matrix, Matrix | None]:
+    """Accuracies (…, T) of T tasks with so many images (T,) → of the first, and over all images of the others; None for one
+    task."""
+    a, n = np.asarray(row, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
+    return a[..., 0], (a[..., 1:] @ n[1:]) / n[1:].sum() if a.shape[-1] > 1 else None
+
+
+def harmonic_mean(a: ArrayLike, b: ArrayLike) -> Matrix:
+    """2ab/(a + b); 0 where both are 0."""
+    one, two = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    total = one + two
+    return 2 * one * two / np.where(total > 0, total, 1)
+
+
 FIGURES: dict[str, Callable[[ArrayLike], Matrix | None]] = {
     "transfer": transfer,
     "average": average,

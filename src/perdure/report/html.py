@@ -7,8 +7,8 @@ from typing import Any
 
 import jinja2
 
-from perdure.report import charts, configuration, layers, losses, palette, tables
-from perdure.report.entries import MANY, Entry, Run, collect, comparable, mean, same_order
+from perdure.report import analysis, charts, configuration, layers, losses, palette, tables
+from perdure.report.entries import MANY, Entry, Run, collect, comparable, mapping, mean, same_order
 from perdure.report.verdict import verdict
 
 COST = ("seconds", "peak_memory_mb")
@@ -67,6 +67,8 @@ def _context(entries: list[Entry]) -> dict[str, Any]:
         "losses": losses.losses(entries),
         "remarks": [(entry, *table) for entry in entries if (table := tables.remarks(entry))[1]],
         "layers": layers.layers(entries),
+        "analyses": analysis.analyses(entries),
+        "explained": [(entry, entry.run["explained"]) for entry in entries if mapping(entry.run.get("explained"))],
         "cost": _cost(entries),
         "settings": configuration.table(entries),
         "protocol": configuration.protocol(entries),

@@ -38,6 +38,15 @@ METRICS = (
     Metric("incremental_average", "Incremental average", "%", "higher", "Accuracy over the classes seen so far, "
            "averaged over the stages."),
     Metric("incremental_last", "Incremental last", "%", "higher", "Accuracy over all classes after the last stage."),
+    Metric("anytime", "Anytime", "%", "higher", "Accuracy over the tasks begun so far, averaged over all moments at which it "
+           "was asked, while tasks were learned and after each."),
+    Metric("throughput", "Throughput", "images/s", "higher", "Images of the tasks learned a second of training."),
+    Metric("performance_drop", "Performance drop", "points", "lower", "Accuracy over the classes seen after the first "
+           "session minus that after the last one."),
+    Metric("base", "Base", "%", "higher", "Accuracy on the classes of the first session, after the last one."),
+    Metric("new", "New", "%", "higher", "Accuracy on the classes that came after the first session, or that were never "
+           "taught where half of a task's were, after the last one."),
+    Metric("harmonic_mean", "Harmonic mean", "%", "higher", "Of base and new."),
     Metric("probe", "Probe", "%", "higher", "Zero-shot accuracy on data that no task contains, before the first task "
            "and after the last."),
     Metric("seconds", "Time", "", "lower", "Wall-clock time of the run, training and evaluation."),

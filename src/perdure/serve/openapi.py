@@ -9,6 +9,7 @@ from perdure.serve.limits import MB, Limits
 
 TEXT, COUNT = {"type": "string"}, {"type": "integer"}
 NAME = {"type": ["string", "null"]}
+REASONS = "Where the method has concepts: those that decided, and what each contributed to the label's logit."
 
 
 def array(items: Any) -> dict[str, Any]:
@@ -81,6 +82,10 @@ def schemas() -> dict[str, Any]:
         expert={**TEXT, "description": "Whose say was largest."},
         weight={**share, "description": "Its share of all experts'."},
         top=array(record("label score", label=TEXT, score=share)),
+        why={
+            **array(record("concept contribution", concept=TEXT, contribution={"type": "number"})),
+            "description": REASONS,
+        },
         error={**TEXT, "description": "Why there is no answer."},
     )
     per_cent = {"type": ["number", "null"], "minimum": 0, "maximum": 100}

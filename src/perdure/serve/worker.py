@@ -127,11 +127,16 @@ class Worker:
         pictures = [picture for question in batch for picture in question.pictures]
         troubles = [trouble(picture, self.limits) for picture in pictures]
         sound = [picture for picture, bad in zip(pictures, troubles, strict=True) if not bad]
-        found = iter(self.learner.predict(sound, classes=batch[0].classes, topk=batch[0].topk) if sound else [])
+        found = iter(self.found(sound, batch[0]) if sound else [])
         return [
             {"path": picture.name, "error": bad} if bad else next(found)
             for picture, bad in zip(pictures, troubles, strict=True)
         ]
+
+    def found(self, pictures: list[InMemory], asked: Question) -> list[Answer]:
+        """What the model says of pictures that can be read; and why, where its method has concepts."""
+        why = self.learner.loaded().method.explains()
+        return self.learner.predict(pictures, classes=asked.classes, topk=asked.topk, explain=why)
 
 
 def refusal(error: Exception) -> Refused:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from perdure.core.packing import Packed
-from perdure.core.pixels import as_floats
 from perdure.data.files import crops
 from perdure.data.loader import ahead
 from perdure.data.task import Batch, Task
@@ -46,8 +46,24 @@ class Backward(Protocol):
         ...
 
 
+class Regulariser(Protocol):
+    """What is added to a step's losses, whatever they are of."""
+
+    def terms(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Further losses by name, where these are about to be back-propagated."""
+        ...
+
+    def clear(self) -> None:
+        """They were."""
+        ...
+
+
 class Stepper:
     """What ``optimise`` asks of whatever learns."""
+
+    def regularised(self) -> AbstractContextManager[Regulariser | None]:
+        """Entered while steps are taken: what is added to their losses; None: nothing."""
+        return contextlib.nullcontext()
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """What learns, by name."""
@@ -133,7 +149,7 @@ def drawn(
 
     def read(job: tuple[Tensor, Tensor | None]) -> Tensor:
         index, numbers = job
-        return as_floats(pixels[index] if numbers is None else crops(pixels, index, image_size, numbers))
+        return pixels[index] if numbers is None else crops(pixels, index, image_size, numbers)
 
     def batches_read(todo: Iterator[tuple[Tensor, Tensor | None]]) -> Generator[Batch, None, None]:
         in_memory = isinstance(pixels, Tensor)  # nothing to wait for
@@ -162,11 +178,12 @@ def optimise(
     optimizer, trained = plan.optimizer_of(parameters), list(parameters.values())
     begun = saver.take_up(parameters, optimizer)
     record, reached = begun.record, begun.reached
-    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
+    # whatever the caller has switched off
+    with torch.inference_mode(False), torch.enable_grad(), learner.regularised() as more:
         for step in range(begun.step, begun.step if begun.last else plan.steps):
             losses: dict[str, Tensor] = {}
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                learner.step(next(draws).to(device), Accumulator(parameters, losses))
+                learner.step(next(draws).to(device), Accumulator(parameters, losses, more))
             reached = reached or any(p.grad is not None for p in trained)
             plan.set(optimizer, step)
             if plan.clip is not None:
@@ -216,10 +233,22 @@ def mean_gradient(
 class Accumulator:
     """The ``backward`` of one step; writes each loss into ``losses``."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], losses: dict[str, Tensor]):
-        self.parameters, self.losses = parameters, losses
+    def __init__(
+        self, parameters: Mapping[str, Tensor], losses: dict[str, Tensor], regulariser: Regulariser | None = None
+    ):
+        self.parameters, self.losses, self.regulariser = parameters, losses, regulariser
 
     def __call__(self, **losses: Tensor) -> Gradients:
+        if self.regulariser is not None:
+            losses |= self.regulariser.terms(losses)
+        try:
+            return self.propagate(losses)
+        finally:
+            if self.regulariser is not None:
+                self.regulariser.clear()
+
+    def propagate(self, losses: Mapping[str, Tensor]) -> Gradients:
+        """``__call__`` with all losses there are."""
         self.losses.update({name: loss.detach().float() for name, loss in losses.items()})
         rooted = [loss.float() for loss in losses.values() if loss.requires_grad]
         if not rooted:

@@ -20,7 +20,7 @@ class Schedule:
     steps instead. ``one_cycle``: see ``phase``. ``epochs``: passes over the images in place of steps; see ``over``. ``rates``:
     factors on the rate of parameters whose names begin so (the longest beginning counts). ``augment``: whether images are
     cropped at random. ``restart``: after so many steps the cosine begins anew, and after twice as many again, and so on; 0:
-    never.
+    never. ``begin``: the rate that a warm-up begins with, rising once a ``stride``; None: it rises each step, from lr / warmup.
     """
 
     steps: int
@@ -41,6 +41,7 @@ class Schedule:
     one_cycle: bool = False
     epochs: int = 0
     restart: int = 0
+    begin: float | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
 
     def over(self, count: int) -> Schedule:
@@ -57,6 +58,8 @@ class Schedule:
         if self.one_cycle:
             up, share = self.phase(step)
             return between(self.lr / 25, self.lr, share) if up else between(self.lr, self.lr / 25 / 1e4, share)
+        if step < self.warmup and self.begin is not None:
+            return self.begin + (self.lr - self.begin) * (step // self.stride * self.stride) / self.warmup
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.milestones:

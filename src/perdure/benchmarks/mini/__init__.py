@@ -19,14 +19,16 @@ import torch
 import yaml
 from PIL import Image
 
+from perdure.benchmarks.few_shot import base_to_new
 from perdure.core.errors import DamagedFile
 from perdure.core.state import read_bytes, read_json
-from perdure.data.splits import split_classes
+from perdure.data.splits import recut, split_classes
 from perdure.data.task import Class, Images, Probe, Stream, Task
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL, GENERATOR = ASSETS / "clip", ASSETS / "generator"
 SIDE, PER_ROW = 32, 32
+DOMAINS = ("animals", "digits", "food", "letters", "tools", "transport", "ui", "weather")
 
 
 def read_side(part: Mapping[str, Any]) -> Images:
@@ -92,6 +94,24 @@ def class_incremental() -> Stream:
     sizes = [len(names) // about["steps"]] * about["steps"]
     tasks = split_classes(classes_of(about["test"], about["templates"]), train, test, order, sizes)
     return stream("mini-cil", tasks, "class_incremental", labels="seen", task_id="hidden")
+
+
+@cache
+def few_shot() -> Stream:
+    """The same sixty classes: thirty with all their drawings, then six sessions of five with five drawings each, which are
+    drawn once and for all."""
+    whole = recut(class_incremental(), 30, 5).few_shot(5, 0, since=2)
+    identity = hashlib.sha256(f"few-shot {whole.digest}".encode()).hexdigest()
+    defaults = {**whole.defaults, "all": {**whole.defaults["all"], "shots_from": 2}}
+    return replace(whole, name="mini-fscil", digest=identity, defaults=defaults)
+
+
+@cache
+def half_taught(domain: str) -> Stream:
+    """Half of a domain's classes to be learned from sixteen drawings each, the other half asked for."""
+    whole = multi_domain("I")
+    task = next(t for t in whole.tasks if t.name == domain)
+    return base_to_new(whole, task, f"mini-base-to-new-{domain}", 16)
 
 
 @cache

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.paths import expanded
 from perdure.data.checks import are_pixels, check_range, check_texts
-from perdure.data.files import Files, readers
+from perdure.data.files import Files, readers, stacked
 from perdure.data.folders import PICTURES, hidden
 from perdure.data.places import InMemory
 from perdure.data.task import Class, Query
@@ -20,18 +21,24 @@ from perdure.engine.home import Learned, all_classes
 from perdure.methods.base import Expert, Method
 from perdure.models.clip import CLIP
 
-Answer = dict[str, Any]  # path, label, score, task, expert, weight; top: more labels; error: why there is no answer
+Answer = dict[
+    str, Any
+]  # path, label, score, task, expert, weight; top: more labels; why: concepts; error: why there is none
 Shown = str | Path | Sequence[str | Path | InMemory] | Tensor
 BATCH = 256
 TEMPLATES = ("a photo of a {}.",)
 
 
 def answered(
-    method: Method, learned: Sequence[Learned], images: Shown, classes: Sequence[str] | None, topk: int
-) -> list[Answer]:
+    method: Method, learned: Sequence[Learned], images: Shown, classes: Sequence[str] | None, topk: int,
+    explain: bool = False,
+) -> list[Answer]:  # fmt: skip
     """A row a picture, in the order given: ``path``, ``label``, ``score`` (its probability among the classes asked for),
     ``task`` (that taught the class; None: none did), ``expert`` (whose say was largest) and its ``weight``. A picture that
-    cannot be read has ``error`` instead of an answer."""
+    cannot be read has ``error`` instead of an answer. ``explain``: with ``why``, the concepts that decided and what each
+    contributed to the label's logit, the weightiest first."""
+    if explain and not method.explains():
+        method.explain(Query(torch.empty(0), ()), ())  # which says that it cannot
     asked = competing(learned, classes)
     check_texts(asked, method.clip, "The classes asked for")
     if not topk >= 1:
@@ -39,19 +46,20 @@ def answered(
     taught = {c: one.name for one in reversed(learned) for c in one.classes}
     out: list[Answer] = []
     for paths, pixels, troubles in batches(images, method.clip):
-        rows = iter(rows_of(method, pixels, asked, taught, topk) if len(pixels) else [])
+        rows = iter(rows_of(method, pixels, asked, taught, topk, explain) if len(pixels) else [])
         for path, trouble in zip(paths, troubles, strict=True):
             out.append({"path": path, "error": trouble} if trouble else {"path": path, **next(rows)})
     return out
 
 
 def rows_of(
-    method: Method, pixels: Tensor, asked: Sequence[Class], taught: dict[Class, str], topk: int
+    method: Method, pixels: Tensor, asked: Sequence[Class], taught: dict[Class, str], topk: int, explain: bool = False
 ) -> Iterator[Answer]:
     """The answers for images (N, 3, H, W) of one batch."""
     answer, experts = method.answered([Query(pixels, asked)])[0]
     scores, order = probabilities(method, answer).cpu().sort(dim=1, descending=True, stable=True)
     names, weights = loudest(experts, len(pixels))
+    reasons = method.explained(Query(pixels, asked), order[:, 0].tolist()) if explain else []
     for k in range(len(pixels)):
         best = asked[int(order[k, 0])]
         row = {
@@ -63,6 +71,8 @@ def rows_of(
                 {"label": asked[int(place)].name, "score": round(score, 6)}
                 for place, score in zip(order[k, :topk], scores[k, :topk].tolist(), strict=True)
             ]
+        if explain:
+            row["why"] = [{"concept": what, "contribution": round(share, 4)} for what, share in reasons[k]]
         yield row
 
 
@@ -108,22 +118,22 @@ def batches(images: Shown, clip: CLIP) -> Iterator[tuple[list[str], Tensor, list
             some = images[start : start + BATCH]
             yield [str(start + k) for k in range(len(some))], some, [""] * len(some)
         return
-    paths = listed(images)
+    paths, reader = listed(images), Reader(clip)
+    ready = readers().map(reader, paths[:BATCH])
     for start in range(0, len(paths), BATCH):
-        some_paths = paths[start : start + BATCH]
-        read = list(readers().map(Reader(clip), some_paths))
-        good = [x for x in read if isinstance(x, Tensor)]
-        pixels = torch.stack(good) if good else torch.empty(0, 3, clip.size, clip.size, dtype=torch.uint8)
-        yield [str(p) for p in some_paths], pixels, ["" if isinstance(x, Tensor) else x for x in read]
+        following = readers().map(reader, paths[start + BATCH : start + 2 * BATCH])  # while the model looks at these
+        read, ready = list(ready), following
+        pixels = stacked((x for x in read if not isinstance(x, str)), clip.size)
+        yield [str(p) for p in paths[start : start + BATCH]], pixels, [x if isinstance(x, str) else "" for x in read]
 
 
 class Reader:
-    """Reads a picture as the model sees it: a tensor, or what is wrong with it in words."""
+    """Reads a picture as the model sees it, or says what is wrong with it."""
 
     def __init__(self, clip: CLIP):
         self.files = Files((), *clip.view)
 
-    def __call__(self, path: Path | InMemory) -> Tensor | str:
+    def __call__(self, path: Path | InMemory) -> Image.Image | str:
         try:
             return self.files.read(path)
         except DamagedFile as error:

@@ -64,7 +64,8 @@ def base_of(config: Mapping[str, Any]) -> str:
 
 def known(learned: Sequence[Learned]) -> list[str]:
     """The classes of each task."""
-    return [f"- **{one.name}**: {', '.join(c.name for c in one.classes)}" for one in learned] or ["Nothing yet."]
+    own = [", ".join(c.name for c in one.classes) or "pictures without labels" for one in learned]
+    return [f"- **{one.name}**: {words}" for one, words in zip(learned, own, strict=True)] or ["Nothing yet."]
 
 
 def course(current: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -110,5 +111,6 @@ def commands(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) ->
         if "forgot" in one:
             out.append(f"perdure forget HOME {one['forgot']}")
         else:
-            out.append(f"perdure learn HOME {one['task']}/" + (first + seed if not out else ""))
+            unlabelled = "" if one.get("about", {}).get("classes", True) else " --unlabelled"
+            out.append(f"perdure learn HOME {one['task']}/{unlabelled}" + (first + seed if not out else ""))
     return out

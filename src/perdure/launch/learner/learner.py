@@ -30,8 +30,8 @@ from perdure.engine.settings import Settings
 from perdure.engine.watcher import Watcher
 from perdure.launch.learner.answers import Answer, Shown, answered
 from perdure.launch.learner.comparison import Outcome, Outcomes, Row, compared, refusal
-from perdure.launch.learner.making import Asked, check_same, configured, elsewhere, read_home
-from perdure.launch.learner.pictures import check_unchanged, pictures_of, planned, prepared
+from perdure.launch.learner.making import Asked, can_learn, check_same, configured, elsewhere, read_home
+from perdure.launch.learner.pictures import check_unchanged, pictures_of, planned, prepared, unlabelled_pictures
 from perdure.launch.learner.probe import probe_of
 from perdure.launch.learner.state import Current, begin, bound, check_task, noted, write_state
 
@@ -85,6 +85,7 @@ class Learner:
         name: str = "",
         max_loss: float | None = None,
         dry_run: bool = False,
+        unlabelled: bool = False,
     ) -> Outcomes:
         """Learn the pictures of a folder (``CLASS/*``: one task; ``TASK/CLASS/*``: one after another), or of whatever else
         ``perdure run --stream`` takes.
@@ -92,10 +93,12 @@ class Learner:
         A result that costs an earlier task or the probe more than ``max_loss`` points is refused: the state before stays
         current, and the new one lies beside it. None: more than 2 points, and more than chance takes. What was learned
         before is not learned again. ``name``: of the task, instead of the folder's. ``dry_run``: say what would be learned.
+        ``unlabelled``: learn from all pictures of a folder without knowing what they show, where the method can.
         """
         with undisturbed():
-            make, stream = pictures_of(pictures, name)
+            make, stream = (unlabelled_pictures if unlabelled else pictures_of)(pictures, name)
             config = self.made or configured(self.folder, stream, self.asked, self.watcher.warn)
+            can_learn(config, stream)
             if dry_run:
                 return planned(stream, home.course(self.folder, tensors=False)[1] if self.made else [])
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +138,7 @@ class Learner:
         learned = time.perf_counter()
         self.watcher.evaluates()
         after = now.measure(task)
-        rows = compared([*(t.name for t in now.tasks), task.name, "probe"], before, after.own, after.of_all)
+        rows = compared(now.rows(task), before, after.own, after.of_all)
         refused = refusal(rows, task.name, max_loss)
         check()
         files, kept = home.kept_tests(self.config["home"]["keep"], task.test)
@@ -154,7 +157,7 @@ class Learner:
         with undisturbed():
             now = self.current()
             found = now.measure()
-            return compared([*(t.name for t in now.tasks), "probe"], {}, found.own, found.of_all)
+            return compared(now.rows(), {}, found.own, found.of_all)
 
     def history(self) -> list[dict[str, Any]]:
         """What was learned, in order, and what was refused or undone: records as ``state.json`` keeps them, with ``state``
@@ -191,7 +194,7 @@ class Learner:
             now.method.forget(name, old.packed(), then.packed())
             rest = replace(now, learned=[one for one in now.learned if one.name != name])
             after, number = rest.measure(), len(now.states)
-            rows = compared([*(t.name for t in rest.tasks), "probe"], now.hits(), after.own, after.of_all)
+            rows = compared(rest.rows(), now.hits(), after.own, after.of_all)
             record = noted(f"without {name}", number, (start, time.perf_counter())) | {"forgot": name}
             write_state(self.folder / folder_name(number, f"without-{name}"), self.config, rest, after, record, rows)
             self.ready = None
@@ -212,13 +215,15 @@ class Learner:
                 self.ready, self.seen = self.current(), mark
         return self.ready
 
-    def predict(self, images: Shown, *, classes: Sequence[str] | None = None, topk: int = 1) -> list[Answer]:
+    def predict(
+        self, images: Shown, *, classes: Sequence[str] | None = None, topk: int = 1, explain: bool = False
+    ) -> list[Answer]:
         """What each picture shows: of ``classes``, or of all that was learned. ``images``: a path, a folder, a list of paths,
-        or images in memory (N, 3, H, W), uint8 or float in 0 … 1."""
+        or images in memory (N, 3, H, W), uint8 or float in 0 … 1. ``explain``: and why, where the method has concepts."""
         now = self.loaded()
         with undisturbed():
             torch.set_num_threads(Settings.recorded(self.config["settings"]).threads)
-            return answered(now.method, now.learned, images, classes, topk)
+            return answered(now.method, now.learned, images, classes, topk, explain)
 
     def export(self, out: str | Path) -> list[str]:
         """Write the model to a folder: a plain ``transformers`` checkpoint (one an expert, where it keeps several), what that

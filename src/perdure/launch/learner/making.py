@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,19 @@ from perdure.launch.runs import built
 from perdure.launch.sources import find_method
 from perdure.methods.base import Method
 
-METHOD = "ridge_patches"
-# settings that a stream must be whole for, or that are of use where it is
-FOR_RUNS = ("tasks", "images", "shots", "class_order", "labels", "task_id", "save_every", "keep")
+METHOD, UNLABELLED = "ridge_patches", "pfr"  # where none is asked for, of pictures with labels and without
+FOR_RUNS = (
+    "tasks",
+    "images",
+    "shots",
+    "class_order",
+    "labels",
+    "task_id",
+    "online",
+    "evaluate_every",
+    "save_every",
+    "keep",
+)  # settings that a stream must be whole for, or that are of use in a run alone
 GROWS = "grows"  # in the place of a run's split
 
 
@@ -108,6 +118,15 @@ def check_learner(method: Method, name: str) -> None:
         )
 
 
+def can_learn(config: Mapping[str, Any], stream: Stream) -> None:
+    """Refuse pictures without labels to what learns from labels."""
+    if not all(task.labelled for task in stream.tasks) and built(config).needs_labels:
+        raise PerdureError(
+            f"{config['method']} learns from labels, and --unlabelled pictures have none. Make a HOME that can do without: "
+            "perdure learn NEW_HOME PICTURES --unlabelled, which takes --method pfr."
+        )
+
+
 def model_of(word: str) -> str:
     """A model as a configuration records it."""
     place = expanded(word)
@@ -119,6 +138,8 @@ def model_of(word: str) -> str:
 
 def configured(folder: Path, stream: Stream, asked: Asked, warn: Warn) -> dict[str, Any]:
     """The configuration of a new HOME, everything checked that can be before any work."""
+    usual = METHOD if all(task.labelled for task in stream.tasks) else UNLABELLED
+    asked = replace(asked, method=asked.method or usual)
     checked(asked)
     if asked.keep is not None and asked.keep not in KEPT:
         raise PerdureError(f"keep is one of {', '.join(KEPT)}, not {asked.keep!r}.")
@@ -129,7 +150,7 @@ def configured(folder: Path, stream: Stream, asked: Asked, warn: Warn) -> dict[s
             "--from openai/clip-vit-base-patch16."
         )
     values = {**asked.options, **({} if embedded else {"model": asked.model})}
-    config = prepare(asked.method or METHOD, stream, asked.seed or 0, values, {}, None, warn)
+    config = prepare(asked.method, stream, asked.seed or 0, values, {}, None, warn)
     check_learner(built(config), config["method"])
     source = {kind: about for kind, about in config.get("source", {}).items() if kind == "method"}
     return {

@@ -57,6 +57,7 @@ def export_home(home: Learner, out: str | Path) -> list[str]:
 def write_package(home: Learner, now: Current, beside: Path) -> list[str]:
     """Write the checkpoints and what lies beside them; return what plain transformers will not have, in words."""
     method, clip, config = now.method, now.method.clip, home.config
+    method.publish()  # read anew for this, and thrown away after it
     files, values = method.pack_state()
     files["modules"] = module_state(method)
     if method.carries_weights:

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from perdure.benchmarks import mini
 from perdure.benchmarks.folder import load_folder
 from perdure.benchmarks.own.pictures import Pictures
 from perdure.core.errors import PerdureError
-from perdure.core.state import digest
+from perdure.core.paths import expanded
+from perdure.core.state import as_json, digest
+from perdure.data import folders
 from perdure.data.files import Files
 from perdure.data.places import mark
 from perdure.data.task import Images, Stream, Task
@@ -34,6 +37,26 @@ def pictures_of(what: str | Path | Pictures | Stream, name: str) -> tuple[Callab
             raise PerdureError(f"There is no {what}. Give a folder of pictures: CLASS/*, or TASK/CLASS/*.")
         find = find_stream(given.where if isinstance(given, Pictures) and not given.kind else given)[0]
         make = lambda: named(find(), name)  # noqa: E731
+    return make, make()
+
+
+def unlabelled_pictures(what: str | Path | Pictures | Stream, name: str) -> tuple[Callable[[], Stream], Stream]:
+    """As ``pictures_of``, of all pictures below a folder, which are of no class: one task. ``PerdureError`` for what is no
+    folder."""
+    given = what.where if isinstance(what, Pictures) else what
+    if isinstance(given, Stream) or not expanded(given).is_dir():
+        shown = given.name if isinstance(given, Stream) else given
+        raise PerdureError(f"{shown} is no folder. Pictures without labels are learned from a folder that holds them.")
+    base = expanded(given).resolve()
+
+    def make() -> Stream:
+        found = folders.pictures(base)
+        images = Images(Files(tuple(found), mini.SIDE), torch.zeros(len(found), dtype=torch.int64))
+        task = Task(name or base.name, (), images, images.take(torch.arange(0)), labelled=False)
+        whole = digest(as_json([[path.relative_to(base).as_posix(), mark(path)] for path in found]))
+        notes = (f"Pictures of {base.name}: the user's own.",)
+        return Stream(base.name, (task,), mini.probe(), str(mini.MODEL), whole, notes=notes)
+
     return make, make()
 
 
@@ -97,7 +120,7 @@ def prepared(task: Task, learned: Sequence[Learned]) -> tuple[Task | None, dict[
             f"A task '{task.name}' is learned already, of other pictures. Give this one a name of its own: --name {task.name}-2"
         )
     for side, images in (("training", task.train), ("test", task.test)):
-        if not len(images):
+        if not len(images) and (task.labelled or side == "training"):
             raise PerdureError(
                 f"{task.name}: no {side} picture is left, as all of that side were shown before. Give it more pictures."
             )
@@ -125,6 +148,8 @@ def planned(stream: Stream, learned: Sequence[Learned]) -> Outcomes:
             said.append(
                 f"{ready.name} would be learned: {about['train']} training and {about['test']} test pictures of "
                 f"{len(ready.classes)} classes ({names})."
+                if ready.labelled
+                else f"{ready.name} would be learned: {about['train']} pictures without labels."
             )
         out.append(Outcome(task.name, already=ready is None, planned=True, notes=tuple(said)))
     return Outcomes(out)

@@ -12,11 +12,13 @@ from perdure.benchmarks import mini
 from perdure.benchmarks.folder import load_folder
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
+from perdure.core.state import inside
 from perdure.core.tensors import read_tensors, write_tensors
 from perdure.data.files import Files
-from perdure.data.task import Images, Probe
+from perdure.data.task import Class, Images, Probe
 from perdure.engine.home import read_classes, written
 from perdure.models.clip import CLIP
+from perdure.synthesis.store import Store
 
 PROBE = "probe.safetensors"
 
@@ -35,15 +37,31 @@ def described(folder: str, embedded: bool) -> dict[str, Any]:
 
 
 def read_probe(base: Path) -> Probe:
-    """All pictures of a folder ``CLASS/*`` as a probe."""
+    """All pictures of a folder ``CLASS/*`` as a probe, or those of a store of image-text pairs, whose texts compete."""
     if not base.is_dir():
-        raise PerdureError(f"The probe {base} is no folder. Give one with CLASS/* of pictures that no task teaches.")
+        raise PerdureError(
+            f"The probe {base} is no folder. Give one with CLASS/* of pictures that no task teaches, or one of synthetic pairs "
+            "('perdure generate')."
+        )
+    if (base / "store.json").is_file():
+        return of_pairs(base)
     tasks = load_folder(base, "the probe").tasks
     if len(tasks) > 1:
         raise PerdureError(f"The probe {base} holds {len(tasks)} tasks. Give a folder with CLASS/* in it.")
     task = tasks[0]
     pixels = Files(tuple(p for side in (task.train, task.test) for p in side.pixels.paths), task.train.pixels.side)
     return Probe(task.classes, Images(pixels, torch.cat([task.train.labels, task.test.labels])))
+
+
+def of_pairs(base: Path) -> Probe:
+    """Image-text pairs as a probe: which of all texts belongs to a picture. ``PerdureError`` where fewer than two have one."""
+    entries = [e for e in Store(base, {}).entries.values() if e.file is not None]
+    texts = sorted({e.prompt for e in entries})
+    if len(texts) < 2:
+        raise PerdureError(f"The pairs in {base} have pictures of {len(texts)} text(s); a probe needs two at least.")
+    pictures = Files(tuple(inside(base, e.file) for e in entries if e.file), 1)  # the model says at which size
+    labels = torch.tensor([texts.index(e.prompt) for e in entries])
+    return Probe(tuple(Class(text, ("{}",)) for text in texts), Images(pictures, labels))
 
 
 def keep_probe(folder: Path, config: dict[str, Any], clip: CLIP) -> None:

@@ -46,6 +46,10 @@ class Current:
     def tasks(self) -> list[Task]:
         return [one.task(k) for k, one in enumerate(self.learned)]
 
+    def rows(self, *new: Task) -> list[str]:
+        """What a table of accuracies has a row for: the tasks that have classes, ``new`` ones, and the probe."""
+        return [*(task.name for task in (*self.tasks, *new) if task.labelled), "probe"]
+
     def tests(self) -> dict[str, Images]:
         """The test pictures that are kept and there, by task."""
         found = {one.name: one.tests(self.method.clip.view) for one in self.learned}
@@ -54,6 +58,8 @@ class Current:
     def before(self, task: Task) -> Hits:
         """What is answered rightly before ``task`` is learned, of it too. What a method makes of the model before it has
         learned anything is no answer: there it is the model's own."""
+        if not task.labelled:
+            return self.hits()
         asked = self.method
         if not self.learned:
             asked = Method()
@@ -62,7 +68,7 @@ class Current:
 
     def measure(self, *new: Task) -> Measured:
         """What is answered rightly now, of the tasks that can be measured, ``new`` ones and the probe."""
-        tests = {**self.tests(), **{task.name: task.test for task in new}}
+        tests = {**self.tests(), **{task.name: task.test for task in new if task.labelled}}
         return measure(self.method, [*self.tasks, *new], tests, self.probe)
 
     def teacher(self, config: Mapping[str, Any], watcher: Watcher) -> Teacher:

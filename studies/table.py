@@ -1,0 +1,209 @@
+"""All methods under one protocol: docs/table.md.
+
+    python studies/table.py [rates] [runs] [page] [--seeds 3] [--jobs 2] [--methods ridge gift …] [--columns "order I" …]
+
+``rates``  chooses each method's learning rate: a third, once and three times the small world's default, on training images that
+           are held out of the first three tasks of order I (``held_out.py``), seed 0; the best Average wins. The same for all.
+``runs``   makes what is missing of the table, seed by seed, the quickest columns first.
+``page``   writes the table into docs/table.md, of what is there.
+
+What is measured stands in docs/table/*.jsonl as soon as it is done, a line a run: broken off, it goes on where it was, in any
+clone. Without a word, all three are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from runs import command, do, read, spread
+
+from perdure import launch
+
+ROOT = Path(__file__).resolve().parents[1]
+HELD_OUT = Path(__file__).with_name("held_out.py")
+BEGIN, END = "<!-- made by studies/table.py: begin -->", "<!-- end -->"
+PARTS = ("rates", "runs", "page")
+FACTORS = (1 / 3, 1.0, 3.0)
+# column → stream and settings
+COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "order I": ("mini-mtil", {}),
+    "class-incremental": ("mini-cil", {}),
+    "all names, 16 shots": ("mini-xtail", {}),
+    "5 shots": ("mini-mtil", {"shots": 5}),
+    "order II": ("mini-mtil-2", {}),
+    "order I, task hidden": ("mini-mtil", {"task_id": "hidden"}),
+}
+NO_ROW, NO_RATE = ("merge",), ("zero_shot", "ncm")  # a fuse role, for combinations; nothing is trained
+NEEDS = {  # by what a method's name holds
+    "gift": "a text-to-image model", "zscl": "reference images and texts", "lwf_vr": "sentences", "icarl": "old images",
+    "individual": "the task's identity", "condu": "votes, or the task's identity", "joint": "all tasks at once",
+}  # fmt: skip
+
+
+def rows(wanted: Iterable[str]) -> list[str]:
+    """The methods that are asked for, or all; references first, then by name."""
+    known = [entry.name for entry in launch.methods() if entry.name not in NO_ROW]
+    order = [name for name in ("zero_shot", "finetune", "joint", "individual") if name in known]
+    named = list(wanted)
+    if strange := sorted(set(named) - set(known)):
+        raise SystemExit(f"There is no method {', '.join(strange)}. There are: {', '.join(known)}.")
+    return [name for name in [*order, *(n for n in known if n not in order)] if not named or name in named]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def note(path: Path, line: Mapping[str, Any]) -> None:
+    """Add a line, safe on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def ran(folder: Path, method: str, stream: str, seed: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a run, which is done if it was not, and its last task's record. The run is deleted."""
+    do([command(folder, method, stream, seed, values)], 1)
+    metrics = read(folder)
+    last = max(folder.glob("task_*/state.json"))
+    metrics["files"] = {key: about["bytes"] for key, about in json.loads(last.read_text())["files"].items()}
+    shutil.rmtree(folder)
+    return metrics
+
+
+def default_rate(method: str) -> float | None:
+    """The small world's learning rate of a method that trains; else None."""
+    rate = method not in NO_RATE and launch.configure(method, "mini-mtil", 0, {}, {})[0]["options"].get("lr")
+    return float(rate) if rate else None
+
+
+def rates(asked: argparse.Namespace) -> None:
+    path = asked.out / "rates.jsonl"
+    done = {(one["method"], one["factor"]) for one in lines(path)}
+    jobs = [
+        (method, factor, rate * factor)
+        for method in rows(asked.methods)
+        if (rate := default_rate(method)) is not None
+        for factor in FACTORS
+        if (method, factor) not in done
+    ]
+
+    def one(job: tuple[str, float, float]) -> None:
+        method, factor, lr = job
+        folder = asked.runs / f"rate {factor:.2f} of {method}"
+        metrics = ran(folder, method, str(HELD_OUT), 0, {"lr": lr, "threads": asked.threads})
+        note(path, {"method": method, "factor": factor, "lr": lr, "average": metrics["average"]})
+
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        list(pool.map(one, jobs))
+
+
+def chosen(method: str, path: Path) -> dict[str, float]:
+    """The rate that was best on what was held out; of equals the smallest. Nothing where none was tried."""
+    tried = [one for one in lines(path) if one["method"] == method]
+    best = max(tried, key=lambda one: (one["average"], -one["lr"]), default=None)
+    return {"lr": best["lr"]} if best and len(tried) == len(FACTORS) else {}
+
+
+def runs(asked: argparse.Namespace) -> None:
+    path = asked.out / "runs.jsonl"
+    done = {(one["method"], one["column"], one["seed"]) for one in lines(path)}
+    jobs = [
+        (method, column, seed)
+        for seed in range(asked.seeds)
+        for column in asked.columns
+        for method in rows(asked.methods)
+        if (method, column, seed) not in done
+    ]
+
+    def one(job: tuple[str, str, int]) -> None:
+        method, column, seed = job
+        stream, values = COLUMNS[column]
+        own = chosen(method, asked.out / "rates.jsonl")
+        if not own and default_rate(method) is not None:
+            print(f"left for later: {method}, whose rate is not chosen yet (rates)")
+            return
+        folder = asked.runs / f"{method}, {column}, {seed}"
+        metrics = ran(folder, method, stream, seed, {**values, **own, "threads": asked.threads})
+        note(path, {"method": method, "column": column, "seed": seed, **own, **figures(metrics)})
+
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        list(pool.map(one, jobs))
+
+
+def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table says of a run."""
+    names = ("transfer", "average", "last", "incremental_average", "incremental_last", "reference")
+    kept = {key: size for key, size in metrics["files"].items() if key != "hits"}
+    return {
+        **{name: metrics[name] for name in names}, "intervals": metrics["intervals"], "probe": metrics["probe"][-1],
+        "seconds": round(sum(one["train"] for one in metrics["seconds_by_task"]), 1),
+        "parameters": kept.get("modules", 0) // 4, "bytes": sum(kept.values()),
+    }  # fmt: skip
+
+
+def page(asked: argparse.Namespace) -> None:
+    """The table, between the marks of docs/table.md."""
+    found = lines(asked.out / "runs.jsonl")
+    titles = ["", *COLUMNS, "probe, after", "learning, s", "parameters beside", "kept, MB", "needs"]
+    out = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for method in rows(()):
+        own = [one for one in found if one["method"] == method]
+        first = [one for one in own if one["column"] == "order I"]
+        cells = [cell([one for one in own if one["column"] == column], column) for column in COLUMNS]
+        for name, scale, form in (
+            ("probe", 1, ".1f"),
+            ("seconds", 1, ".0f"),
+            ("parameters", 1, ",.0f"),
+            ("bytes", 1e6, ".1f"),
+        ):
+            cells.append(format(sum(one[name] for one in first) / len(first) / scale, form) if first else "–")
+        cells.append(next((what for part, what in NEEDS.items() if part in method), ""))
+        out.append(f"| `{method}` | {' | '.join(cells)} |")
+    path = asked.out.with_suffix(".md")
+    before, _, rest = (path.read_text() if path.exists() else "").partition(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n" + "\n".join(out) + f"\n{END}{rest.partition(END)[2]}")
+
+
+def cell(found: list[dict[str, Any]], column: str) -> str:
+    """Transfer / Average / Last, or the average over the steps and the last; of one seed the 95 % interval of the last too."""
+    if not found:
+        return "–"
+    names = (
+        ("incremental_average", "incremental_last")
+        if column == "class-incremental"
+        else ("transfer", "average", "last")
+    )
+    text = " / ".join(spread([one[name] for one in found]) for name in names)
+    interval = found[0]["intervals"].get(names[-1])
+    return f"{text} ({interval[0]:.1f} to {interval[1]:.1f})" if len(found) == 1 and interval else text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to do; all, if none is named")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of a run")
+    parser.add_argument("--methods", nargs="+", default=[])
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/table"), help="where runs lie while they are made")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "table", help="what is measured; the page beside it"
+    )
+    asked = parser.parse_args()
+    for part in asked.parts or PARTS:
+        {"rates": rates, "runs": runs, "page": page}[part](asked)
+
+
+if __name__ == "__main__":
+    main()
