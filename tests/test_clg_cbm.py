@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +174,14 @@ def test_what_else_is_refused(clip: CLIP, stream: Stream, tmp_path: Path) -> Non
     method.bind(clip, stream.context())
     method.calibrate(task_of(stream, {0: 3, 1: 3}))
     write_json(tmp_path / "b.json", listed(stream, 5))
+    again = CLGCBM(**QUICK, concepts=str(tmp_path / "b.json"))
+    again.bind(clip, stream.context())
+    again.state = method.state
     with pytest.raises(PerdureError, match="has changed"):
-        method.calibrate(task_of(stream, {2: 3}, 1))
+        again.calibrate(task_of(stream, {2: 3}, 1))
+    none = replace(stream.tasks[0], train=stream.tasks[0].train.take(torch.empty(0, dtype=torch.int64)))
+    again.join(clip, replace(stream.context(), tasks=(none, stream.tasks[1])))  # a model in use: its file may grow
+    again.calibrate(task_of(stream, {2: 3}, 1))
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def settings(method: str) -> dict[str, Any]:
     if method == "mg_clip":
         values.update(iterations=0, warmup=0, epochs=8, lr=1e-2)
     if method in ("experience_replay", "ocl_sda"):
-        values.update(epochs=0, memory=40, replayed=8)  # as many steps as the others
+        values.update(epochs=0, memory=40, replayed=4, batch_size=16)  # as many steps as the others
     if method == "rapf":
         values.update(lr=5e-3)
     if method == "slca":

@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SHORT, same_bits
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPProcessor
 
+import perdure
 from perdure.benchmarks import mini
 from perdure.core.errors import PerdureError
 from perdure.core.precision import precision_of
+from perdure.engine.settings import hand_over, load_clip
+from perdure.engine.watcher import Watcher
 from perdure.models import loading
 from perdure.models.clip import CLIP
 from perdure.models.towers import Towers
@@ -165,3 +169,45 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(clip: CLIP, 
 def test_bf16_that_is_emulated_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert precision_of("auto", "cuda") == "fp32" and precision_of("bf16", "cuda") == "bf16"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["zscl", "finetune"])
+def test_before_the_first_step_a_model_is_read_once(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, steps, load = list[str](), list[int](), loading.backbone
+
+    def counted(place: Any) -> Any:
+        read.append(place.path)
+        return load(place)
+
+    class Counted(Watcher):
+        def step(self, *heard: Any) -> None:
+            steps.append(len(read))
+
+    monkeypatch.setattr(loading, "backbone", counted)
+    values = {**SHORT, "tasks": 1, **({"reference": "drawings", "reference_batch": 4} if method == "zscl" else {})}
+    perdure.run(method, "mini-mtil", tmp_path / "run", watcher=Counted(), **values)
+    assert read and set(steps) == {1}
+
+
+def test_what_is_kept_of_the_pretrained_weights_is_not_what_was_learned_since(clip: CLIP, tmp_path: Path) -> None:
+    born = {name: tensor.clone() for name, tensor in clip.plain().items()}
+    clip.fingerprint()
+    with torch.no_grad():  # as a step does, before training is over
+        clip.plain()["visual_projection.weight"].add_(1)
+    assert same_bits(clip.pretrained, born)
+
+
+def test_a_model_that_was_handed_over_is_taken_once_and_only_as_it_lies_there(tmp_path: Path) -> None:
+    place = shutil.copytree(mini.MODEL, tmp_path / "clip")
+    config = {"settings": {"model": str(place), "device": "cpu", "evaluation_batch": 16}}
+    first = load_clip(config, "")
+    hand_over(first, config, "")
+    assert load_clip(config, "") is first and load_clip(config, "") is not first
+    hand_over(first, config, "")
+    assert load_clip({"settings": {"model": str(place), "device": "cpu"}}, "") is not first
+    hand_over(first, config, "")
+    (place / "model.safetensors").touch()
+    assert load_clip(config, "") is not first

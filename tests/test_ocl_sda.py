@@ -268,7 +268,9 @@ def test_a_memory_smaller_than_the_classes_is_refused(clip: CLIP, classes: Strea
 @pytest.mark.slow
 def test_remembered_pictures_stay_at_home(tmp_path: Path, drawings: Path) -> None:  # noqa: F811
     """A model in use goes on with its memory; what is exported has none, and answers the same."""
-    home = Learner(tmp_path / "HOME", method="ocl_sda", classifier="cosine", memory=40, batch_size=8, precision="fp32")
+    quick: dict[str, Any] = {"memory": 40, "batch_size": 8, "replayed": 4, "precision": "fp32"}
+    probe = drawings.parent / "probe"
+    home = Learner(tmp_path / "HOME", method="ocl_sda", classifier="cosine", probe=probe, **quick)
     for name in ("animals", "digits"):
         assert home.learn(drawings / name, max_loss=100).accepted
     saved = load_file(next((tmp_path / "HOME").glob("task_02*")) / "state.safetensors")
@@ -284,13 +286,14 @@ def test_remembered_pictures_stay_at_home(tmp_path: Path, drawings: Path) -> Non
 @pytest.mark.slow
 def test_replay_keeps_what_plain_fine_tuning_loses(tmp_path: Path) -> None:
     """One pass over three steps of the small world, all classes competing: the memory is what keeps the earlier ones."""
-    asked: dict[str, Any] = dict(tasks=3, lr=3e-4, epochs=1, warmup=0, precision="fp32", batch_size=10, online=True)
+    asked: dict[str, Any] = dict(lr=5e-4, epochs=1, warmup=0, precision="fp32", batch_size=10, online=True)
+    stream = replace(mini.class_incremental().shortened(tasks=3, images=96), probe=None, defaults={})
     runs = {
-        name: perdure.run(method, "mini-cil", tmp_path / name, **asked, **more)
+        name: perdure.run(method, stream, tmp_path / name, **asked, **more)
         for name, method, more in (
             ("alone", "experience_replay", {"memory": 100, "replayed": 0}),
             ("replay", "experience_replay", {"memory": 100, "replayed": 20}),
-            ("turned", "ocl_sda", {"memory": 100, "replayed": 20, "contrast": 0.5}),
+            ("turned", "ocl_sda", {"memory": 100, "replayed": 10, "contrast": 0.5}),
         )
     }
     for name in ("replay", "turned"):

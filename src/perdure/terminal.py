@@ -8,6 +8,8 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from perdure.core import processes
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -49,5 +51,6 @@ def console() -> Console:
     """Where the command line prints; what goes into a file or a pipe is not broken at 80 columns."""
     from rich.console import Console
 
-    screen = Console()
-    return screen if screen.is_terminal else Console(width=140)
+    quiet = not processes.main()  # of processes that share a run one speaks
+    screen = Console(quiet=quiet)
+    return screen if screen.is_terminal else Console(width=140, quiet=quiet)

@@ -191,9 +191,9 @@ def block(run: Mapping[str, Any], columns: Sequence[str]) -> Text:
 
 
 def named(run: Mapping[str, Any]) -> str:
-    """The method, and of how many seeds."""
+    """The method, or what a sweep calls the setting, and of how many seeds."""
     seeds = f" ({len(run['seed'])} seeds)" if isinstance(run["seed"], list) else ""
-    return escape(run["method"] + seeds)
+    return escape(run.get("label", run["method"]) + seeds)
 
 
 def probe_of(run: Mapping[str, Any]) -> str:

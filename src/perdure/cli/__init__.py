@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from perdure import __version__
-from perdure.cli import analysing, comparing, data, learner, lists, results, runs, serving
+from perdure.cli import analysing, comparing, data, learner, lists, results, runs, serving, sweeping
 from perdure.core.errors import PerdureError
+from perdure.core.processes import speaks
 from perdure.terminal import plain_characters, plain_warnings
 
 # What typer raises for wrong words, whether it stands on click or brings it: BadParameter, UsageError, ClickException.
@@ -24,8 +25,8 @@ app = typer.Typer(
 )  # fmt: skip
 for command in (
     learner.learn, learner.predict, learner.evaluate, learner.history, learner.undo, learner.forget, results.export,
-    results.push, serving.serve, runs.run, runs.resume, runs.demo, results.report, comparing.compare, analysing.analyse,
-    results.generate, lists.methods, lists.streams,
+    results.push, serving.serve, runs.run, runs.resume, sweeping.sweep, runs.demo, results.report, comparing.compare,
+    analysing.analyse, results.generate, lists.methods, lists.streams,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(data.app, name="data")
@@ -63,7 +64,8 @@ def plainly() -> Iterator[None]:
             )
     else:
         return
-    print(f"Error: {message}", file=sys.stderr)
+    if speaks():
+        print(f"Error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -12,6 +12,7 @@ import typer
 
 from perdure.cli.tables import Format, course_table, rows_table, write_rows
 from perdure.core.errors import PerdureError
+from perdure.core.paths import expanded
 from perdure.terminal import console
 
 if TYPE_CHECKING:
@@ -67,11 +68,14 @@ def learn(
     """Teach a model in use what a folder of pictures shows, and say what was won and lost. Made on first use."""
     from perdure.core.config import pairs
     from perdure.launch.learner import Learner
+    from perdure.launch.learner.making import UNLABELLED, read_home
     from perdure.view import Screen
 
     given, complaints = pairs(assignments or [])
     if complaints:
         raise PerdureError(" ".join(complaints))
+    if unlabelled and not method and read_home(expanded(home)) is None:
+        method = UNLABELLED  # whose options are given with it
     screen = Screen(console(), str(home))
     learner = Learner(
         home,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -163,12 +164,14 @@ def verdict_of(found: list[dict[str, Any]]) -> str:
         return ""
 
 
-def finish(runs: list[Path], page: Path | None = None) -> None:
-    """Print the table of the runs; write the page and the picture, over nothing that perdure did not write."""
+def finish(runs: list[Path], page: Path | None = None, labels: Sequence[str] = ()) -> None:
+    """Print the table of the runs; write the page and the picture, over nothing that perdure did not write. ``labels``: what
+    each run is called, where its method does not say it."""
     from perdure.report import figure, html
     from perdure.view import summary
 
     found = [read_metrics(run) for run in runs]
+    found = [{**one, "label": label} for one, label in zip(found, labels, strict=True)] if labels else found
     page = page or page_of(runs)
     check_page(page)
     screen = console()

@@ -9,12 +9,15 @@ import typer
 
 from perdure.cli.data import ImageKey, LabelKey, SplitKey, TaskKey, TextKey
 from perdure.cli.results import check_page, finish, page_of, read_metrics
-from perdure.core import stopping
+from perdure.core import processes, stopping
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.terminal import console
 
 Out = Annotated[Path | None, typer.Option(help="Folder of the run.")]
+ReportTo = Annotated[
+    str, typer.Option(help="Trackers that hear of it too, with commas between: jsonl, csv, tensorboard, wandb.")
+]
 
 
 def run(
@@ -41,11 +44,15 @@ def run(
     go_on: Annotated[
         bool, typer.Option("--resume", help="Go on with this very run if OUT holds it; if it is done, say so.")
     ] = False,
+    report_to: ReportTo = "",
 ) -> None:
     """Learn the tasks of a stream one after another, and measure what was won and lost."""
     from perdure import launch
     from perdure.launch.sources import find_stream
+    from perdure.launch.trackers import checked
 
+    announce()
+    checked(report_to)
     settings = launch.read_preset(preset) if preset else {}
     method, stream = method or str(settings.get("method", "")), stream or str(settings.get("stream", ""))
     missing = [f"--{k}" for k, v in (("method", method), ("stream", stream)) if not v]
@@ -67,7 +74,7 @@ def run(
         said = f"{folder} holds this very run, done. Look at it with: perdure report {folder}"
         console().print(said, markup=False, highlight=False, soft_wrap=True)
         return
-    resume(folder)
+    resume(folder, report_to)
 
 
 def done(folder: Path) -> bool:
@@ -91,6 +98,7 @@ def meant(words: list[str], method: str, stream: str) -> str:
 
 def resume(
     run: Annotated[Path | None, typer.Argument(help="Folder of the run; none: list those in runs.")] = None,
+    report_to: ReportTo = "",
 ) -> None:
     """Go on with a run that was stopped, after its last good task, and inside the next from its last save."""
     from perdure import launch
@@ -99,14 +107,23 @@ def resume(
     if run is None:
         list_runs(Path("runs"))
         return
+    announce()
     run = expanded(run)
     check_page(page_of([run]))  # before the work, not after it
     several = launch.seed_folders(run)
     for one in several or [run]:
-        watched(one)
+        watched(one, report_to)
+    if not processes.main():
+        return
     if several:
         write_json(run / "metrics.json", launch.over_seeds([read_metrics(one) for one in several]))
     finish([run])
+
+
+def announce() -> None:
+    """Join the processes that a launcher started together, before anything can be said by several of them."""
+    if note := processes.join():
+        console().print(f"Warning: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def list_runs(base: Path) -> None:
@@ -149,7 +166,7 @@ def demo(out: Out = None) -> None:
     )
 
 
-def watched(folder: Path) -> None:
+def watched(folder: Path, report_to: str = "") -> None:
     """Do the run in ``folder``, or go on with it, under a live view; SIGTERM and Ctrl-C stop tidily."""
     from perdure import launch
     from perdure.view import Screen
@@ -158,7 +175,7 @@ def watched(folder: Path) -> None:
     screen = Screen(console(), f"{config['method']} on {config['stream']}, seed {config['seed']}")
     try:
         with stopping.listening(), screen:
-            launch.resume(folder, screen)
+            launch.resume(folder, screen, report_to=report_to)
     except stopping.Stopped as stop:
         kept = f", and the one at hand up to {stop.saved}" if stop.saved else ""
         screen.say(f"\nStopped. Every task that was finished is kept{kept}. Go on with: {again(folder)}")

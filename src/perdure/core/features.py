@@ -38,9 +38,13 @@ class Features:
         """What is there, by name."""
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Features:
+        """Each tensor changed."""
+        return Features(**{name: change(tensor) for name, tensor in self.tensors().items()})
+
     def __getitem__(self, rows: Tensor) -> Features:
         rows = rows.to(self.embedded.device)
-        return Features(**{name: tensor[rows] for name, tensor in self.tensors().items()})
+        return self.mapped(lambda tensor: tensor[rows])
 
     @staticmethod
     def cat(parts: list[Features]) -> Features:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from perdure.core import processes
 from perdure.core.errors import DamagedFile, PerdureError
 
 
@@ -93,7 +94,10 @@ def read_bytes(path: Path, sha256: str) -> bytes:
 @contextlib.contextmanager
 def only_one(folder: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold a folder: a second process that writes to it is refused, or waits, once it has said so through ``wait``. The
-    system frees a dead one's hold."""
+    system frees a dead one's hold. Of processes that share a run the main one holds it, for all."""
+    if not processes.main():
+        yield
+        return
     try:
         import fcntl
     except ImportError:  # no such lock on this system

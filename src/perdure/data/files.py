@@ -157,6 +157,17 @@ class Joined:
         """Those in files read at another size and another way."""
         return Joined(tuple(at(part, side, fit) for part in self.parts))
 
+    def select(self, index: slice) -> Joined:
+        """A stretch of them; those in files still unread."""
+        first, last, _ = index.indices(len(self))
+        parts, start = [], 0
+        for part in self.parts:
+            own = slice(max(0, first - start), max(0, min(last - start, len(part))))
+            if own.start < own.stop:
+                parts.append(part[own] if isinstance(part, Tensor) else part.select(own))
+            start += len(part)
+        return Joined(tuple(parts))
+
     def one(self, number: int) -> Tensor:
         """One image, (3, H, W) float."""
         part, place = self.place(number)

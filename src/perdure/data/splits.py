@@ -116,36 +116,53 @@ def check_whole(stream: Stream, asked: str) -> None:
         )
 
 
-def read_order(order: str, names: Sequence[str]) -> list[int]:
-    """A class order from a seed, a JSON file with a list of names, or that list as text → indices into ``names``, each once."""
+def tasks_reordered(stream: Stream, order: str) -> Stream:
+    """A stream of domains with its tasks in another order: another split.
+
+    ``order``: a seed, or a JSON file with a list of task names. Raises ``PerdureError`` for anything else.
+    """
+    if stream.labels == "seen":
+        raise PerdureError(
+            f"task_order={order}: {stream.name} is a class-incremental stream, whose steps follow from class_order. Give that."
+        )
+    numbers = read_order(order, [t.name for t in stream.tasks], "task")
+    tasks = tuple(replace(stream.tasks[k], index=place) for place, k in enumerate(numbers))
+    return replace(stream, tasks=tasks, digest=digest(as_json([stream.digest, "tasks", numbers])))
+
+
+def read_order(order: str, names: Sequence[str], kind: str = "class") -> list[int]:
+    """An order of classes (tasks) from a seed, a JSON file with a list of names, or that list as text → indices into
+    ``names``, each once."""
     if order.isdecimal():
-        generator = torch.Generator().manual_seed(derive(int(order), "class order"))
+        generator = torch.Generator().manual_seed(derive(int(order), f"{kind} order"))
         return torch.randperm(len(names), generator=generator).tolist()
-    said = "class_order" if order.startswith("[") else order
-    found = listed(order)
+    said = f"{kind}_order" if order.startswith("[") else order
+    found = listed(order, kind)
     if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
-        raise PerdureError(f"{said} must hold a JSON list of class names.")
+        raise PerdureError(f"{said} must hold a JSON list of {kind} names.")
     if len(found) != len(names):
-        raise PerdureError(f"{said} lists {len(found)} classes, but the stream has {len(names)}.")
+        several = "classes" if kind == "class" else f"{kind}s"
+        raise PerdureError(f"{said} lists {len(found)} {several}, but the stream has {len(names)}.")
     for name in found:
         if name not in names:
-            raise unknown("class", name, names)
+            raise unknown(kind, name, names)
         if found.count(name) > 1:
-            raise PerdureError(f"{said} lists the class '{name}' twice: a class belongs to one step.")
-    place = {name: k for k, name in enumerate(names)}
-    return [place[name] for name in found]
+            place = "a class belongs to one step" if kind == "class" else f"a {kind} has one place"
+            raise PerdureError(f"{said} lists the {kind} '{name}' twice: {place}.")
+    places = {name: k for k, name in enumerate(names)}
+    return [places[name] for name in found]
 
 
-def listed(order: str) -> Any:
-    """What a class order that is no seed holds: JSON as text, as a run keeps it, or in a file."""
+def listed(order: str, kind: str) -> Any:
+    """What an order that is no seed holds: JSON as text, as a run keeps it, or in a file."""
     if order.startswith("["):
         try:
             return json.loads(order)
         except json.JSONDecodeError as error:
-            raise PerdureError(f"class_order={order:.80} is no JSON list of class names: {error}.") from None
+            raise PerdureError(f"{kind}_order={order:.80} is no JSON list of {kind} names: {error}.") from None
     if not os.path.isfile(expanded(order)):
         raise PerdureError(
-            f"class_order={order} is neither a seed (a number) nor a file. Give a seed, or a JSON file that lists the "
-            "class names; of a run that was begun with it: put the file back where it was."
+            f"{kind}_order={order} is neither a seed (a number) nor a file. Give a seed, or a JSON file that lists the "
+            f"{kind} names; of a run that was begun with it: put the file back where it was."
         )
     return read_json(expanded(order))

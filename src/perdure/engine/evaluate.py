@@ -116,9 +116,10 @@ def summarise(stream: Stream, rows: list[dict[str, Tensor]], protocol: Protocol,
         resampled = seen_accuracy(draws, sizes)
         out["intervals"]["incremental_average"] = metrics.interval(resampled.mean(1))
         out["intervals"]["incremental_last"] = metrics.interval(resampled[:, -1])
-    given = np.array(accuracy), np.array(out["probe"] or []), draws, samples.get("probe")
-    for name, (value, sampled) in of_base_and_new(stream, *given, sizes).items():
-        out[name], out["intervals"][name] = float(value), metrics.interval(sampled)
+    if stream.base_new == "probe" or (stream.base_new and steps is not None):
+        given = np.array(accuracy), np.array(out["probe"] or []), draws, samples.get("probe")
+        for name, (value, sampled) in of_base_and_new(stream, *given, sizes).items():
+            out[name], out["intervals"][name] = float(value), metrics.interval(sampled)
     out["accuracy_interval"] = [[metrics.interval(draws[:, i, j]) for j in range(len(names))] for i in range(len(rows))]
     out["probe_interval"] = [metrics.interval(s) for s in samples["probe"].T] if "probe" in samples else None
     return out
@@ -130,8 +131,6 @@ def of_base_and_new(
 ) -> dict[str, tuple[Any, metrics.Matrix]]:  # fmt: skip
     """What a stream with base and new classes is judged by, after the last task: each figure, and its bootstrap samples, of
     accuracies (rows, T) and the probe's (rows,), and of (draws, rows, T) and (draws, rows)."""
-    if not stream.base_new:
-        return {}
 
     def figures(rows: metrics.Matrix, asked: Any) -> dict[str, Any]:
         base, new = metrics.base_and_new(rows[..., -1, :], sizes)

@@ -45,22 +45,14 @@ class Between:
         self.method, self.stream, self.protocol, self.every = method, stream, protocol, every
         self.begins(0, None)
 
-    def begins(self, number: int, task: Task | None, before: Mapping[str, Any] | None = None) -> None:
-        """Task ``number`` (1 … T) is about to be learned, or gone on with; None: nothing is. ``before``: what was ``noted``."""
-        self.number, self.task, self.steps = number, task, 0
-        self.seconds: float = (before or {}).get("seconds", 0.0)
-        self.points: list[dict[str, Any]] = list((before or {}).get("points", []))
-
-    def noted(self) -> dict[str, Any]:
-        """What it has counted of the task so far."""
-        return {"seconds": self.seconds, "points": self.points}
+    def begins(self, number: int, task: Task | None) -> None:
+        """Task ``number`` (1 … T) is about to be learned; None: nothing is."""
+        self.number, self.task, self.steps, self.seconds = number, task, 0, 0.0
+        self.points: list[dict[str, Any]] = []
 
     def taken(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
         """A step was taken."""
-        self.steps, self.points = (
-            step,
-            [p for p in self.points if p["step"] < step],
-        )  # it may be one that is taken again
+        self.steps = step
         if not self.every or step % self.every or step == total:
             return
         start, method = time.perf_counter(), self.method

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perdure.core import stopping
+from perdure.core import processes, stopping
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
 from perdure.core.state import as_json, digest, only_one, write_json
 from perdure.data.task import Context, Stream, Task
+from perdure.engine.alike import check_folder, settle
 from perdure.engine.checkpoint import Saved, folder_name, good_tasks, let_go, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.evaluate import Protocol, evaluate, for_gap, gap, per_cent
@@ -41,27 +42,37 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
     """
     settings = Settings.recorded(config["settings"])
     with undisturbed(), only_one(folder):
+        check_folder(folder)
         torch.set_num_threads(settings.threads)
         forget_peak_memory()
         clip = load_clip(config, stream.model)
         stream = stream.at(clip.size, clip.fit)
         stream.check(clip)
-        done = good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
+        done = all_good_tasks(folder, [t.name for t in stream.tasks], watcher.warn)
         for saved in done:
             if saved.record["config"] not in identities(config):
                 raise PerdureError(
                     f"{folder}/config.json was changed after {saved.folder.name} was run. Start a new run."
                 )
-        forget(folder, [saved.folder.name for saved in done])
+        if processes.main():
+            forget(folder, [saved.folder.name for saved in done])
         loop = Loop(method, stream, config, settings, folder, watcher, done)
         loop.begin(clip, done)
         while loop.next_task():
             pass
         metrics = loop.metrics()
         path = folder / "metrics.json"
-        if not path.exists() or path.read_bytes() != as_json(metrics):
+        if processes.main() and (not path.exists() or path.read_bytes() != as_json(metrics)):
             write_json(path, metrics)  # a run killed just before it wrote them
-        return metrics
+        return processes.from_main(metrics)
+
+
+def all_good_tasks(folder: Path, tasks: Sequence[str], warn: Callable[[str], None]) -> list[Saved]:
+    """``good_tasks``, once the main process has set the others aside."""
+    if processes.main():
+        done = good_tasks(folder, tasks, warn)
+    processes.barrier()
+    return done if processes.main() else good_tasks(folder, tasks, warn)
 
 
 DECIDES = ("method", "stream", "seed", "options", "settings", "split", "weights")
@@ -132,10 +143,10 @@ class Loop:
         name = self.stream.tasks[number - 1].name
         self.watcher.learns(name, number)
         task, steps = self.to_learn(number), self.steps(number, name)
-        self.between.begins(number, task, steps.beside)
-        steps.told = self.between.noted
+        self.between.begins(number, task)
         start = time.perf_counter() - steps.spent
-        losses = self.teacher.learn(task, number, steps)
+        losses = self.teacher.learn(task, number, None if self.settings.evaluate_every else steps)
+        settle(self.method, name)
         trained = time.perf_counter()
         self.watcher.evaluates()
         held = self.method.clip.holds
@@ -146,16 +157,17 @@ class Loop:
             steps.done()
         return True
 
-    def steps(self, number: int, name: str) -> Steps:
-        """Where a task's trainings are saved until it is done."""
-        after = digest(as_json({key: about["sha256"] for key, about in sorted(self.records[-1]["files"].items())}))
-        every = Every.read(self.settings.save_every)
-        return Steps(self.folder, folder_name(number, name), identities(self.config), after, every, self.watcher.warn)
-
     def stepped(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
         """A step of a task is done."""
         self.watcher.step(step, total, losses)
         self.between.taken(step, total, losses)
+
+    def steps(self, number: int, name: str) -> Steps:
+        """Where a task's trainings are saved until it is done; one that is asked about while it learns is learned anew."""
+        files = self.records[-1].get("files", {})  # which the main process alone has written
+        after = processes.from_main(digest(as_json({key: about["sha256"] for key, about in sorted(files.items())})))
+        every = Every.read(self.settings.save_every)
+        return Steps(self.folder, folder_name(number, name), identities(self.config), after, every, self.watcher.warn)
 
     def keep(
         self, number: int, name: str, hits: dict[str, Tensor], found: dict[str, float], losses: Losses,
@@ -188,13 +200,16 @@ class Loop:
             "config": identity(self.config),
             **why,
         }
-        kept = self.records[-1]["files"] if self.records else {}
-        self.records.append(save_task(self.folder, folder_name(number, name), self.method, hits, record, kept))
+        if processes.main():
+            kept = self.records[-1]["files"] if self.records else {}
+            record = save_task(self.folder, folder_name(number, name), self.method, hits, record, kept)
+        self.records.append(record)
         self.rows.append(hits)
-        if self.settings.keep == "last":
-            earlier = [folder_name(k, one["task"]) for k, one in enumerate(self.records[:-1])]
-            let_go(self.folder, earlier, self.records[-1])
-        write_json(self.folder / "metrics.json", self.metrics())
+        if processes.main():
+            if self.settings.keep == "last":
+                earlier = [folder_name(k, one["task"]) for k, one in enumerate(self.records[:-1])]
+                let_go(self.folder, earlier, self.records[-1])
+            write_json(self.folder / "metrics.json", self.metrics())
         self.watcher.row(*self.shown(hits))
 
     def evaluated(self, method: Method, number: int) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -16,7 +16,7 @@ from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.precision import precision_of
 from perdure.core.state import read_json
-from perdure.data.splits import recut, reordered
+from perdure.data.splits import recut, reordered, tasks_reordered
 from perdure.data.task import Stream
 from perdure.engine.steps import Every
 from perdure.models.clip import CLIP
@@ -118,11 +118,17 @@ class Settings:
         BeforeValidator(str),
         Field(description="class-incremental: a seed, or a JSON file of class names; empty: the stream's own"),
     ] = ""
+    task_order: Annotated[
+        str,
+        BeforeValidator(str),
+        Field(description="tasks that are domains: a seed, or a JSON file of task names; empty: the stream's own"),
+    ] = ""
 
     def select(self, stream: Stream, seed: int) -> Stream:
         """The part of ``stream`` that a run is to see."""
         stream = reordered(stream, self.class_order) if self.class_order else stream
         stream = recut(stream, self.base, self.increment) if self.base or self.increment else stream
+        stream = tasks_reordered(stream, self.task_order) if self.task_order else stream
         if self.shots_from > 1 and stream.labels == "seen":
             stream = replace(stream, base_new="sessions")
         draw = seed if self.shots_seed is None else self.shots_seed
@@ -138,6 +144,7 @@ class Settings:
             self,
             model=str(model.resolve()) if self.model and os.path.isdir(model) else self.model or "stream",
             class_order=kept_order(self.class_order),
+            task_order=kept_order(self.task_order),
             labels=stream.labels if self.labels == "stream" else self.labels,  # type: ignore[arg-type]
             task_id=stream.task_id if self.task_id == "stream" else self.task_id,  # type: ignore[arg-type]
             precision=precision_of(self.precision, device),  # type: ignore[arg-type]
@@ -153,28 +160,49 @@ class Settings:
 
 
 def kept_order(order: str) -> str:
-    """A class order as a run keeps it: what a file lists, so that the file may go away; a seed as it is."""
+    """An order as a run keeps it: what a file lists, so that the file may go away; a seed as it is."""
     if not order or order.startswith("[") or not os.path.isfile(expanded(order)):
         return order
     return json.dumps(read_json(expanded(order)), ensure_ascii=False)
+
+
+# A model that was loaded for the checks before a run and is as it was loaded: the run takes it, and nobody twice.
+HANDED_OVER: list[tuple[Settings, str, CLIP]] = []
 
 
 def load_clip(config: Mapping[str, Any], own: str) -> CLIP:
     """The CLIP of a run, where it is computed; ``own``: that of its stream. ``PerdureError`` where it is not the one that the
     run began with."""
     settings = Settings.recorded(config["settings"])
-    clip = CLIP.load(own if settings.model == "stream" else settings.model, settings.device)
-    clip.accumulate, clip.evaluation_batch = settings.accumulate, settings.evaluation_batch
-    if settings.gradient_checkpointing:
-        by_blocks(clip.backbone)
+    clip = taken(settings, own) or opened(settings, own)
     if "weights" in config:
         check_same(clip, config)
     return clip
 
 
+def opened(settings: Settings, own: str) -> CLIP:
+    """A CLIP read from its files, with a run's settings."""
+    clip = CLIP.load(own if settings.model == "stream" else settings.model, settings.device)
+    clip.accumulate, clip.evaluation_batch = settings.accumulate, settings.evaluation_batch
+    if settings.gradient_checkpointing:
+        by_blocks(clip.backbone)
+    return clip
+
+
+def hand_over(clip: CLIP, config: Mapping[str, Any], own: str) -> None:
+    """Let the next run with these settings take ``clip``, which nothing has touched since ``load_clip``."""
+    HANDED_OVER[:] = [(Settings.recorded(config["settings"]), own, clip)]
+
+
+def taken(settings: Settings, own: str) -> CLIP | None:
+    """The model that was handed over, where it is the one that would be read now; it is kept for nobody else."""
+    found = HANDED_OVER.pop() if HANDED_OVER else None
+    return found[2] if found and found[:2] == (settings, own) and found[2].as_on_disk() else None
+
+
 def check_same(clip: CLIP, config: Mapping[str, Any]) -> None:
     """Refuse another model than the run's: other weights, or the same ones that see or compute otherwise."""
-    found, now = clip.fingerprint(), clip.described()
+    found, now = clip.identity or clip.fingerprint(), clip.described()
     then = config.get("backbone", now)  # earlier versions did not note it
     if found != config["weights"]:
         raise PerdureError(

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from perdure.core import stopping
+from perdure.core import processes, stopping
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.state import inside, write_json
 from perdure.core.tensors import read_tensors, write_tensors
@@ -55,7 +55,8 @@ class Every:
 
 
 class Steps:
-    """The trainings of one task, saved as they go; those of an earlier process are gone on with.
+    """The trainings of one task, saved as they go; those of an earlier process are gone on with. Of processes that share a run
+    the main one writes, and all read.
 
     ``ours``: the identities that the run may have; ``after``: what the task begins with, a digest: a save that began with
     anything else is of no use. ``PerdureError`` where the run's configuration is another than the save's.
@@ -67,8 +68,6 @@ class Steps:
         self.folder, self.name, self.ours, self.after = run / f"{BEGUN}{name}", name, ours, after
         self.every, self.warn = every, warn
         self.count, self.spent = 0, 0.0  # trainings so far; seconds that the task had taken before this process
-        self.beside: dict[str, Any] = {}  # what ``told`` had told at the last save
-        self.told: Callable[[], dict[str, Any]] = dict
         self.entries: dict[str, dict[str, Any]] = {}  # as the file on the disk has them, by the training's number
         self.read()
         self.began = self.saved = time.monotonic()  # no clock that can be set
@@ -93,8 +92,9 @@ class Steps:
         """Save; where the disk refuses, the training goes on. A process that was asked to stop does so now."""
         said = f"step {snapshot.step} of {name}"
         try:
-            with stopping.held():
-                self.write(key, name, snapshot)
+            if processes.main():
+                with stopping.held():
+                    self.write(key, name, snapshot)
         except OSError as error:
             reason = error.strerror or error
             self.warn(f"The training could not be saved at {said} ({reason}: {self.folder}). It goes on.")
@@ -113,8 +113,7 @@ class Steps:
             about = {"name": name, "step": snapshot.step, "last": snapshot.last, "values": snapshot.values}
             entries = {**self.entries, key: {**about, "path": path.name, "sha256": sha256, "bytes": size}}
             seconds = round(self.spent + time.monotonic() - self.began, 3)
-            record = {"config": self.ours[0], "after": self.after, "seconds": seconds, "beside": self.told()}
-            record["trainings"] = entries
+            record = {"config": self.ours[0], "after": self.after, "seconds": seconds, "trainings": entries}
             write_json(self.folder / "state.json", {**record, "sha256": seal(record)})
             self.entries = entries
         except OSError:
@@ -148,8 +147,10 @@ class Steps:
             if record["after"] != self.after:  # the task before it was learned anew
                 self.done()
                 return
-            self.entries, self.spent, self.beside = record["trainings"], record["seconds"], record["beside"]
+            self.entries, self.spent = record["trainings"], record["seconds"]
         except DamagedFile as error:
+            if not processes.main():
+                return
             aside = free_name(self.folder.with_name(f"damaged_{self.folder.name}"))
             os.replace(self.folder, aside)
             self.warn(f"{error} Set aside as {aside.name}. The task begins anew.")
@@ -172,6 +173,8 @@ class Steps:
 
     def done(self) -> None:
         """The task is safe: nothing of this is needed any more."""
+        if not processes.main():
+            return
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

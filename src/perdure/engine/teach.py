@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from perdure.core import stopping
 from perdure.core.seeding import reseed
@@ -14,7 +15,7 @@ from perdure.engine.settings import Settings
 from perdure.engine.steps import Steps
 from perdure.engine.watcher import Watcher
 from perdure.methods.base import Method
-from perdure.training.fit import Losses, Stepper, fit, optimise
+from perdure.training.fit import Losses, OnStep, Stepper, fit, optimise
 from perdure.training.progress import NOTHING_KEPT, Saver
 from perdure.training.schedule import Schedule
 
@@ -28,8 +29,8 @@ class Teacher:
     def __init__(self, method: Method, seed: int, settings: Settings, watcher: Watcher):
         self.method, self.seed, self.settings, self.watcher = method, seed, settings, watcher
         self.phases: dict[str, Losses] = {}
-        self.steps: Steps | None = None
         self.stepped = watcher.step  # hears of each step of a task
+        self.steps: Steps | None = None
 
     def learn(self, task: Task | None, number: int, steps: Steps | None = None) -> Losses:
         """Learn ``task`` as number 1, 2, …; return its losses, one value a step by name. None: there is nothing to learn.
@@ -54,9 +55,10 @@ class Teacher:
         material = method.material(task)
         method.begin_task(material)
         s = self.settings
+        heard = self.told(task.name, lambda: method.schedule(material).over(len(material.train)), self.stepped)
         with stopping.held(working=True):
             losses = fit(
-                method, material, generator, clip.size, clip.device, s.precision, self.stepped, workers=s.workers,
+                method, material, generator, clip.size, clip.device, s.precision, heard, workers=s.workers,
                 saver=self.saver(task.name),
             )  # fmt: skip
         if losses.steps:
@@ -74,12 +76,25 @@ class Teacher:
     def train(self, learner: Stepper, schedule: Schedule, draws: Iterator[Batch], name: str) -> Losses:
         """What a method is lent for a phase of its own: the run's device, precision and progress, and a place in the record."""
         device, saver = self.method.clip.device, self.saver(name)
+        heard = self.told(name, lambda: schedule, self.watcher.step)
         with stopping.held(working=True):
             for _ in range(saver.begin(learner)):
                 next(draws)
-            losses = optimise(learner, schedule, draws, device, self.settings.precision, self.watcher.step, name, saver)
+            losses = optimise(learner, schedule, draws, device, self.settings.precision, heard, name, saver)
         self.phases[name] = losses
         return losses
+
+    def told(self, name: str, schedule: Callable[[], Schedule], heard: OnStep) -> OnStep:
+        """``heard``, before which the watcher hears of the schedule: anew where a training begins anew."""
+        last = [0]
+
+        def step(step: int, total: int, losses: Mapping[str, Tensor]) -> None:
+            if not last[0] or step <= last[0]:
+                self.watcher.trains(name, schedule())
+            last[0] = step
+            heard(step, total, losses)
+
+        return step
 
     def saver(self, name: str) -> Saver:
         """Who keeps the next training of the task."""

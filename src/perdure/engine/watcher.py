@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from perdure.training.schedule import Schedule
+
 
 class Watcher:
     """Hears how a run goes; the command line's draws it. The default is silent."""
@@ -19,6 +21,9 @@ class Watcher:
 
     def draws(self, done: int, total: int, new: int) -> None:
         """Of ``total`` synthetic images for the task ``done`` are there, ``new`` of them since the last call."""
+
+    def trains(self, name: str, schedule: Schedule) -> None:
+        """Steps under this schedule are told from now on: of the task ``name``, or of a method's phase of that name."""
 
     def step(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
         """A training step is done."""
@@ -51,6 +56,10 @@ class Watchers(Watcher):
     def draws(self, done: int, total: int, new: int) -> None:
         for watcher in self.watchers:
             watcher.draws(done, total, new)
+
+    def trains(self, name: str, schedule: Schedule) -> None:
+        for watcher in self.watchers:
+            watcher.trains(name, schedule)
 
     def step(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
         for watcher in self.watchers:

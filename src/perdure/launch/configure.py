@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -19,9 +20,10 @@ from perdure.core.errors import PerdureError, unknown
 from perdure.core.paths import expanded
 from perdure.data.task import Stream
 from perdure.data.tolerated import find_unreadable, without
+from perdure.engine.alike import check_batch
 from perdure.engine.environment import environment
 from perdure.engine.online import ONE_PASS, check_asked, check_one_pass
-from perdure.engine.settings import Settings, load_clip
+from perdure.engine.settings import Settings, hand_over, load_clip
 from perdure.engine.summary import FORMAT
 from perdure.launch.options import build_entry, method_options
 from perdure.launch.sources import Asked, find_method, find_stream
@@ -85,6 +87,7 @@ def configure(
         check_one_pass(values)
     check_tasks(values, data, given, warn)
     check_parts(values)
+    check_batch(values)
     settings = Settings(**{key: values[key] for key in general}).settled(data)
     left_out = find_unreadable(data, settings.unreadable, warn)
     data = settings.select(without(data, left_out), seed)
@@ -145,7 +148,8 @@ def prepare(
             warn(clip.note)
         found = {"weights": clip.fingerprint(), "backbone": clip.described(), "revision": clip.revision}
         learner = build_entry(find_method(method)[0], config["options"])
-        learner.bind(clip, data.context(seed, folder, labels=config["settings"]["labels"]))
+        learner.bind(copy.deepcopy(clip), data.context(seed, folder, labels=config["settings"]["labels"]))
         if config["settings"]["evaluate_every"]:
             check_asked(learner)
+        hand_over(clip, config, data.model)
     return {**config, **{key: value for key, value in found.items() if value}}

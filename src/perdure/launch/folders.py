@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from perdure.core import processes
 from perdure.core.config import options
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.state import only_one, read_json, write_json
@@ -46,7 +47,7 @@ def plain(value: Any) -> Any:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A run's ``config.json``, as it was written. ``PerdureError`` where the folder holds no run."""
-    if (folder / MOVING).exists():
+    if processes.main() and (folder / MOVING).exists():
         with only_one(folder):
             recover(folder)
     if not (folder / "config.json").exists():
@@ -119,7 +120,7 @@ def set_aside(folder: Path) -> None:
 
 def bring_back(folder: Path) -> bool:
     """Put a run that waits aside back, where the one that was to replace it has no row; whether there was one."""
-    if not (folder / REPLACED).exists() or any(folder.glob("task_00_*")):
+    if not processes.main() or not (folder / REPLACED).exists() or any(folder.glob("task_00_*")):
         return False
     os.replace(folder / REPLACED, folder / MOVING)
     recover(folder)

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from perdure.core import processes
 from perdure.core.caller import undisturbed
 from perdure.core.config import resolve
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.state import write_json
-from perdure.data.task import Stream
+from perdure.data.task import Stream, silent
 from perdure.data.tolerated import without
+from perdure.engine.alike import check_batch, check_config
 from perdure.engine.environment import environment
 from perdure.engine.run import run as engine_run
 from perdure.engine.settings import Settings
@@ -35,6 +37,8 @@ from perdure.launch.folders import (
 )
 from perdure.launch.options import build_entry, method_options
 from perdure.launch.sources import Asked, find_method, find_stream, reopened
+from perdure.launch.trackers import checked
+from perdure.launch.tracking import tracking
 from perdure.methods.base import Method
 from perdure.ops.metrics import interval
 
@@ -48,13 +52,30 @@ def begin(
 
     ``go_on``: a folder that holds this very run already is left as it is.
     """
+    warn = joined(warn)
     layer = read_preset(preset) if preset else {}
     layer = {k: v for k, v in layer.items() if k not in ("method", "stream", "about")}
     several = seeds > 1
     folders = {n: folder / f"seed_{n}" if several else folder for n in range(seed, seed + seeds)}
     check_kind(folder, list(folders.values()) if several else [])
     config = prepare(method, stream, seed, assignments, layer, folders[seed], warn)
-    configs = {one: {**config, "seed": n} for n, one in folders.items()}
+    check_config(folder, config, same_run)
+    if processes.main():
+        claim({one: {**config, "seed": n} for n, one in folders.items()}, overwrite, go_on)
+        if several:
+            write_json(folder / "seeds.json", list(folders))
+    processes.barrier()
+
+
+def joined(warn: Warn) -> Warn:
+    """Join the processes that a launcher started together; of these the main one warns."""
+    if note := processes.join():
+        warn(note)
+    return warn if processes.main() else silent
+
+
+def claim(configs: Mapping[Path, Mapping[str, Any]], overwrite: bool, go_on: bool) -> None:
+    """Write the configuration of each run into its folder, once all folders have been looked at."""
     if go_on:  # those that are there stay; a kill may have come before all of several were
         kept = {
             one for one, c in configs.items() if (one / "config.json").exists() and not same_run(read_config(one), c)
@@ -64,8 +85,6 @@ def begin(
         check_folder(one, its_config, overwrite)
     for one, its_config in configs.items():
         make_folder(one, its_config, overwrite)
-    if several:
-        write_json(folder / "seeds.json", list(folders))
 
 
 def check_kind(folder: Path, several: list[Path]) -> None:
@@ -81,7 +100,8 @@ def check_kind(folder: Path, several: list[Path]) -> None:
 
 def run(
     method: str | type[Method], stream: Asked, out: str | Path | None = None, *, seed: int = 0,
-    overwrite: bool = False, preset: str | None = None, watcher: Watcher | Sequence[Watcher] | None = None, **values: Any,
+    overwrite: bool = False, preset: str | None = None, watcher: Watcher | Sequence[Watcher] | None = None,
+    report_to: str | Sequence[str] = (), **values: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Run ``method`` on ``stream`` and return the metrics (the content of ``out/metrics.json``).
 
@@ -89,21 +109,25 @@ def run(
     place of pictures (a path, or ``perdure.Pictures``) or a ``perdure.Stream``.
     ``values`` are options of the method or the run, as ``key=value`` is on the command line; those of a
     later role are written ``**{"fuse.alpha": 0.3}``. ``out`` defaults to ``runs/METHOD-STREAM-SEED``. ``watcher``: one or
-    several that hear how it goes. Raises ``PerdureError`` for anything the caller can put right. Nothing that belongs to the
-    caller (random states, threads, gradient mode, environment variables) is changed.
+    several that hear how it goes; ``report_to``: trackers by name (``jsonl``, ``csv``, ``tensorboard``, ``wandb``). Raises
+    ``PerdureError`` for anything the caller can put right. Nothing that belongs to the caller (random states, threads, gradient
+    mode, environment variables) is changed.
     """
     ears = listening(watcher)
+    checked(report_to)
     with undisturbed():
         names = find_method(method)[0].name, find_stream(stream)[1]
         folder = expanded(out) if out else Path("runs") / f"{names[0]}-{names[1]}-{seed}"
         begin(
             method, stream, folder, seed=seed, overwrite=overwrite, preset=preset, assignments=values, warn=ears.warn
         )  # fmt: skip
-        return resume(folder, ears, method=method, stream=stream)
+        return resume(folder, ears, method=method, stream=stream, report_to=report_to)
 
 
 def listening(watcher: Watcher | Sequence[Watcher] | None) -> Watcher:
-    """One watcher for none, one or several."""
+    """One watcher for none, one or several; where processes share a run, those of the main one alone hear it."""
+    if not processes.main():
+        return Watchers(())
     if watcher is None:
         return Watcher()
     return watcher if isinstance(watcher, Watcher) else Watchers(watcher)
@@ -141,21 +165,28 @@ def built(config: Mapping[str, Any], method: str | type[Method] | None = None) -
 
 def resume(
     folder: str | Path, watcher: Watcher | Sequence[Watcher] | None = None, *,
-    method: str | type[Method] | None = None, stream: Asked | None = None,
+    method: str | type[Method] | None = None, stream: Asked | None = None, report_to: str | Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Go on with the run in ``folder`` after its last good task, and inside the next from its last save; return the metrics.
 
-    ``method`` and ``stream``: what a run of objects was begun with; else they are found again.
+    ``method`` and ``stream``: what a run of objects was begun with; else they are found again. ``report_to``: trackers by name.
     """
-    folder, ears = expanded(folder), listening(watcher)
+    note = processes.join()
+    folder, ears, kinds = expanded(folder), listening(watcher), checked(report_to)
+    if note:
+        ears.warn(note)
     with undisturbed(), coming_back(folder):
         config, data, built = reopen(folder, method, stream)
+        check_batch(config["options"])
+        check_config(folder, config, same_run)
         settings = Settings.recorded(config["settings"])
         now = environment(settings)
         changed = [k for k in now if now[k] != config["environment"].get(k) and k not in ("cores", "platform")]
         if changed and not is_finished(folder):
             ears.warn(f"The environment has changed ({', '.join(changed)}): the last bits may differ.")
-        return engine_run(built, data, config, folder, Watchers([ears, Replacing(folder)]))
+        with tracking(folder, config, kinds if processes.main() else ()) as tracked:
+            heard = [ears, Replacing(folder), tracked] if processes.main() else []
+            return engine_run(built, data, config, folder, Watchers(heard))
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ class Answering(ABC):
         if query.whole is not None and self.clip.remembers:
             images, rows = query.whole
             return self.clip.embeddings(images)[rows.to(self.clip.device)]
-        return self.clip.encode_image(query.images[:])
+        return self.clip.encode_image(query.images)
 
     # ---- why
 

@@ -127,14 +127,16 @@ class ReplayMethod(Method):
             self.memory.offer(images, self.rows[self.task.train.labels[new]])
 
     def pack_progress(self) -> Packed:
-        """The memory, which steps change, and what is drawn from it."""
-        held = {"draws": self.draws.get_state(), "unseen": self.unseen}
-        return {"memory": self.state.images, "held": held}, {"offered": self.state.offered}
+        files, values = super().pack_progress()
+        draws = {"unseen": self.unseen, "state": self.draws.get_state()}
+        return {**files, "memory": self.state.images, "draws": draws}, values
 
     def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
-        self.state.images, self.state.offered = dict(files["memory"]), values["offered"]
-        self.draws.set_state(files["held"]["draws"])
-        self.unseen = files["held"]["unseen"]
+        super().unpack_progress(files, values)
+        self.state.images = {name: tensor.clone() for name, tensor in files["memory"].items()}
+        self.unseen = files["draws"]["unseen"].clone()
+        self.draws.set_state(files["draws"]["state"])
+        self.memory = Reservoir(self.state, self.config.memory, self.draws)
 
     def publish(self) -> None:
         self.state.images, self.state.offered = {}, 0

@@ -36,7 +36,9 @@ from torch import Tensor
 from perdure.core.errors import PerdureError
 from perdure.core.features import Features
 from perdure.core.seeding import derive
-from perdure.data.concepts import check_lists, read_concepts
+from perdure.core.state import as_json, digest
+from perdure.data.concepts import Concepts as Lists
+from perdure.data.concepts import check_enough, lists_of, read_concepts
 from perdure.data.task import Batch, Class, Context, Query, Task
 from perdure.methods.base import Reason, register
 from perdure.methods.base_head import HeadMethod, HeadOptions, HeadState
@@ -44,7 +46,7 @@ from perdure.models.clip import CLIP
 from perdure.models.heads import known
 from perdure.ops import concepts, gaussians
 from perdure.training.bottleneck import Bottleneck, BottleneckOptions, Judge, Search, grown, held_out, new_gate, scored
-from perdure.training.fit import batches
+from perdure.training.draws import batches
 from perdure.training.schedule import Schedule
 
 TOLD = 5  # concepts of an explanation
@@ -59,7 +61,7 @@ class Config(BottleneckOptions, HeadOptions):
 
 @dataclass
 class Concepts(HeadState):
-    """The concepts' phrases; their unit texts (M, D), W (M, D) and H (C, M); the classes' Gaussians; which file was read."""
+    """The concepts' phrases; their unit texts (M, D), W (M, D) and H (C, M); the classes' Gaussians; what a file listed."""
 
     phrases: list[str] = field(default_factory=list)
     bottleneck: dict[str, Tensor] = field(default_factory=dict)
@@ -83,9 +85,12 @@ class CLGCBM(HeadMethod):
                 "keep_weights=best_of_test chooses weights by the test images, which would then measure nothing. Take last, or "
                 "held_out, which looks at a tenth of the training images."
             )
-        for task in context.tasks:
-            if len(task.train):  # a model in use keeps no pictures of what it learned before
-                self.phrases_of(task.name, task.classes)
+        here = [
+            task for task in context.tasks if len(task.train)
+        ]  # a model in use keeps no pictures of what it learned
+        self.lists: Lists = {}
+        found = [self.phrases_of(task.name, task.classes) for task in here]
+        self.file = digest(as_json(found)) if len(here) == len(context.tasks) and self.lists else ""
 
     # ---- candidates
 
@@ -99,32 +104,23 @@ class CLGCBM(HeadMethod):
                     "{class: [concept, …]}."
                 )
             return []
-        found, self.file = read_concepts(c.concepts, c.concept_names)
-        check_lists(found, [one.name for one in classes], c.concepts, where)
-        self.check_enough(sum(len(found[one.name]) for one in classes), len(classes), where)
-        return [list(found[one.name]) for one in classes]
-
-    def check_enough(self, there: int, classes: int, where: str) -> None:
-        if there < (wanted := self.config.per_class * classes):
-            raise PerdureError(
-                f"{where} has {there} candidate concepts, and per_class={self.config.per_class} for {classes} classes takes "
-                f"{wanted}. Give more, or a smaller per_class."
-            )
+        self.lists = self.lists or read_concepts(c.concepts, c.concept_names)
+        return lists_of(self.lists, [one.name for one in classes], c.per_class, c.concepts, where)
 
     def candidates(self, task: Task, rows: Sequence[int]) -> tuple[list[str], Tensor]:
         """Phrases and unit texts (N, D) of the classes of ``rows``, as often as they are listed."""
         classes = [Class(*self.state.classes[row]) for row in rows]
         if listed := self.phrases_of(task.name, classes):
-            if self.state.file not in ("", self.file):
+            if self.file and self.state.file not in ("", self.file):
                 raise PerdureError(f"concepts={self.config.concepts} has changed since this began. Put the file back.")
-            self.state.file = self.file
+            self.state.file = self.state.file or self.file
             phrases = [phrase for own in listed for phrase in own]
             return phrases, self.clip.class_texts([[self.config.prefix + phrase] for phrase in phrases])
         taken = {name for name, _ in self.state.classes} | {one.name for one in task.classes}
         words = [one for one in self.context.vocabulary if one.name not in taken]
         texts = self.clip.class_texts([one.prompts() for one in words])
         near = (self.texts()[rows] @ texts.T).topk(min(self.config.neighbours, len(words)), 1).indices.flatten()
-        self.check_enough(len(near), len(rows), task.name)
+        check_enough(len(near), self.config.per_class, len(rows), task.name)
         if len(self.state.tasks) == 1:
             self.context.warn(
                 "There is no concepts=FILE: a class's concepts are the words of the vocabulary that lie nearest to its name, "

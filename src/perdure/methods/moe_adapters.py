@@ -32,6 +32,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from perdure.core import processes
 from perdure.core.errors import PerdureError
 from perdure.core.packing import Packed
 from perdure.core.paths import expanded
@@ -146,6 +147,10 @@ class MoEAdapters(Method):
         routed = [Expert(self.router_name(k), {}, (chosen == k + 1).float()) for k in range(learned)]
         return (replace(self.base_expert(), gate=(chosen == 0).float()), *routed)
 
+    def logits(self, query: Query) -> Tensor:
+        with processes.alone(self.config.test_noise):  # all draw the same noise
+            return super().logits(query)
+
     # ---- learn
 
     def trains_on(self, task: Task) -> bool:
@@ -168,7 +173,8 @@ class MoEAdapters(Method):
         """One batch: cross entropy of s·I·Tᵀ. Experts are counted on the way forward: on the way back, towers that keep less
         in memory go through their blocks once more."""
         self.count(True)
-        loss = self.task_loss(batch)
+        with processes.alone():  # routing is noisy, and what it takes is counted
+            loss = self.task_loss(batch)
         self.count(False)
         backward(task=loss)
 

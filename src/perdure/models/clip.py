@@ -12,6 +12,7 @@ from torch import Tensor
 
 from perdure.core.errors import PerdureError
 from perdure.models import hub, loading
+from perdure.models.held import fingerprint_of
 from perdure.models.loading import Preprocessing
 from perdure.models.two_towers import TwoTowers
 
@@ -30,6 +31,7 @@ class CLIP(TwoTowers):
         from perdure.models.siglip import SigLIP, SigLIP2
 
         place = hub.locate(path)
+        stamp = hub.stamp(place.folder)
         kind = {"clip": CLIP, "siglip": SigLIP, "siglip2": SigLIP2}[place.kind]
         with loading.quiet():
             backbone = loading.backbone(place)
@@ -39,7 +41,12 @@ class CLIP(TwoTowers):
         clip.check_loaded()
         backbone.set_attn_implementation(attention(clip.patches, device))
         clip.revision, clip.note = place.revision, " ".join(filter(None, (note, kind.remark)))
+        clip.files = (place.folder, stamp)
         return clip.to(device)
+
+    def as_on_disk(self) -> bool:
+        """Whether the files it was loaded from have not been touched since."""
+        return self.files is not None and hub.stamp(self.files[0]) == self.files[1]
 
     # ---- encoding
 
@@ -93,7 +100,12 @@ class CLIP(TwoTowers):
 
     @cached_property
     def pretrained(self) -> dict[str, Tensor]:
-        """The weights it was born with, read again from where it was loaded; refused where those are others now."""
+        """The weights it was born with: a copy while it holds them, else read again from where it was loaded; refused where
+        those are others now."""
+        if self.identity and self.holds == "pretrained" and self.as_on_disk():
+            own = {name: tensor.detach().clone() for name, tensor in self.plain().items()}
+            if fingerprint_of(own) == self.identity:  # not while it is being trained
+                return own
         with torch.random.fork_rng(devices=[]):  # whenever it happens, it must not move the caller's draws
             found = CLIP.load(self.path).to(self.device)
         if self.identity and found.fingerprint() != self.identity:

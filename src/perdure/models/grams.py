@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perdure.core import processes
 from perdure.core.weights import original
 from perdure.models.clip import CLIP
 
@@ -32,18 +33,27 @@ def grams(
     seen = {name: layer for name, layer in shared.items() if name.startswith("vision_model")}
     if seen:
         count = 0
+        if not averaged:
+            sums.update(
+                {n: torch.zeros(2 * [x.in_features], dtype=torch.float64, device=clip.device) for n, x in seen.items()}
+            )
         with heard(seen, lambda name, x: add(name, x if averaged else square(x))):
             for images in batches:
                 count += 1
-                clip.encode_image(images)
-        if averaged:
-            sums.update({name: square(sums[name] / count) for name in seen})
+                own = images if averaged else images[processes.rows(len(images))]
+                if len(own):
+                    with processes.alone():  # each hears what it is given itself
+                        clip.encode_image(own)
+        sums.update({name: square(sums[name] / count) if averaged else processes.total(sums[name]) for name in seen})
     read = {name: layer for name, layer in shared.items() if name not in seen}
     if read:
         ids, counted = padded(clip, tokens) if averaged else (tokens, up_to_end(clip, tokens))
         for index in torch.arange(len(ids)).split(clip.evaluation_batch):
-            places = counted[index]
-            with heard(read, lambda name, x, places=places: add(name, square(x[places]))):  # type: ignore[misc]
+
+            def hear(name: str, x: Tensor, places: Tensor = counted[index]) -> None:
+                add(name, square(x[places]))
+
+            with heard(read, hear), processes.alone():
                 clip.encode_tokens(ids[index])
     return sums
 

@@ -32,6 +32,15 @@ class Last:
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
+def fingerprint_of(weights: Weights) -> str:
+    """A sha256 over names and values."""
+    whole = hashlib.sha256()
+    for name in sorted(weights):
+        whole.update(name.encode())
+        whole.update(weights[name].detach().cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
+
 class Held(nn.Module):
     """A backbone, and the name of the weights that it holds now."""
 
@@ -87,13 +96,12 @@ class Held(nn.Module):
 
     def fingerprint(self) -> str:
         """A sha256 over names and values of the weights: which model this is, wherever it came from."""
-        whole = hashlib.sha256()
-        for name, tensor in sorted((n, t) for n, t in self.weights().items() if n not in self.grown):
-            whole.update(name.encode())
-            whole.update(tensor.cpu().contiguous().numpy().tobytes())
+        adapted = next(lora.adapters(self.backbone), None) is not None
+        own = self.weights() if adapted else self.plain()
+        found = fingerprint_of({name: tensor for name, tensor in own.items() if name not in self.grown})
         if self.holds == "pretrained" and not self.rebased:
-            self.identity = whole.hexdigest()
-        return whole.hexdigest()
+            self.identity = found
+        return found
 
     def frozen_copy(self: H) -> H:
         """A copy of the model as it is now, which learns no more. What it was born with and what it remembers is shared."""

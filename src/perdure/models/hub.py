@@ -42,6 +42,12 @@ def locate(path: str) -> Place:
     return Place(path, folder, kind_of(path, folder), folder.name)
 
 
+def stamp(folder: Path) -> list[tuple[str, int, int]]:
+    """What tells whether a checkpoint's files are still those that were read: names, sizes, when they were changed."""
+    found = [(path.name, path.stat()) for path in sorted(folder.glob("*")) if path.is_file()]
+    return [(name, about.st_size, about.st_mtime_ns) for name, about in found]
+
+
 def refused(path: str, reason: str) -> PerdureError:
     return PerdureError(f"No CLIP model could be loaded from '{path}': {reason}. {WANTED}")
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from perdure.core import processes
+
 
 def in_parts(tower: Callable[[Tensor], Tensor], inputs: Tensor, parts: int) -> Tensor:
     """``tower(inputs)``, of inputs (B, …) in ``parts`` parts whose sizes differ by one at most; the activations of one at a
@@ -43,8 +45,8 @@ def by_blocks(backbone: Any) -> None:
 
 @contextlib.contextmanager
 def differentiable_twice(clip: Any) -> Iterator[None]:
-    """Meanwhile nothing is computed again, as it would be by the weights that ``clip`` holds by then, and attention is done by
-    plain products, since the fused kernels have no second derivative."""
+    """Meanwhile nothing is computed again, as it would be by the weights that ``clip`` holds by then, nor shared out to several
+    processes, and attention is done by plain products: the fused kernels have no second derivative."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     parts, clip.accumulate = clip.accumulate, 1
@@ -52,7 +54,7 @@ def differentiable_twice(clip: Any) -> Iterator[None]:
     for block in blocks:
         block.training = False
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), processes.alone():
             yield
     finally:
         clip.accumulate = parts

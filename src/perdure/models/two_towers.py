@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perdure.core import processes
 from perdure.core.errors import PerdureError
 from perdure.core.features import Features
 from perdure.core.pixels import Fit, as_floats, resized
@@ -17,6 +19,7 @@ from perdure.models.held import Held
 from perdure.models.loading import Preprocessing
 from perdure.models.logits import Logits
 from perdure.models.recompute import in_parts
+from perdure.models.shared import shared, stretch
 from perdure.models.towers import Part
 
 PARTS: dict[str, Part] = {
@@ -50,6 +53,9 @@ class TwoTowers(Logits, Held):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.revision = ""  # of a Hub id: the commit it was loaded from
         self.note = ""  # what someone should know of how it was loaded
+        self.files: tuple[Path, list[tuple[str, int, int]]] | None = (
+            None  # where it was loaded from, and as what they were
+        )
         self.accumulate = 1  # parts that a batch is cut into where gradients are wanted
         self.evaluation_batch = 256  # images at a time where none are
         self._texts: dict[tuple[tuple[str, ...], ...], Tensor] = {}
@@ -89,13 +95,17 @@ class TwoTowers(Logits, Held):
         """(B, 3, H, W) uint8, or float in 0 … 1 → the vision tower's input, resized and normalised."""
         return (self.sized(images) - self.mean) / self.std
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Unit image embeddings (B, D) in fp32, of images as ``pixels`` takes them."""
+    def encode_image(self, images: Any) -> Tensor:
+        """Unit image embeddings (B, D) in fp32, of images as ``pixels`` takes them, or of such as are still in files."""
         return F.normalize(self.image_features(images), dim=-1)
 
-    def image_features(self, images: Tensor) -> Tensor:
+    def image_features(self, images: Any) -> Tensor:
         """``encode_image`` before it is made unit."""
-        return in_parts(lambda some: self.project(self.pooled(self.seen(some))), images, self.accumulate)
+
+        def features(images: Tensor) -> Tensor:
+            return in_parts(lambda some: self.project(self.pooled(self.seen(some))), images, self.accumulate)
+
+        return shared(features, images)
 
     def features(self, pixels: Any, block: int = 0, grid: int = 1) -> Features:
         """Many images (N, 3, H, W), in memory or in files, ``evaluation_batch`` at a time, without gradients. ``block``: of
@@ -114,7 +124,8 @@ class TwoTowers(Logits, Held):
             return Features(F.normalize(raw, dim=-1), pooled, patches, raw.norm(dim=-1, keepdim=True))
 
         def all_seen() -> Features:
-            return Features.cat([features(images) for images in pixels.split(self.evaluation_batch)])
+            found = Features.cat([features(images) for images in stretch(pixels).split(self.evaluation_batch)])
+            return found.mapped(lambda tensor: processes.gathered(tensor, len(pixels)))
 
         with torch.no_grad():
             return self.recall(("images", id(pixels), block, grid), pixels, all_seen)
@@ -140,7 +151,7 @@ class TwoTowers(Logits, Held):
 
     def text_features(self, ids: Tensor) -> Tensor:
         """``encode_tokens`` before it is made unit."""
-        return in_parts(self.read, ids, self.accumulate)
+        return shared(lambda some: in_parts(self.read, some, self.accumulate), ids)
 
     @property
     def token_embedding(self) -> nn.Embedding:
@@ -155,11 +166,15 @@ class TwoTowers(Logits, Held):
                 f"A prompt with learned vectors is {ids.shape[1]} tokens long; the text tower of {self.path} reads {context}. "
                 "Take fewer vectors, or shorter names and templates."
             )
-        hook = self.token_embedding.register_forward_hook(lambda *_: embeddings)
-        try:
-            return F.normalize(self.read(ids), dim=-1)
-        finally:
-            hook.remove()
+
+        def read(embeddings: Tensor, ids: Tensor) -> Tensor:
+            hook = self.token_embedding.register_forward_hook(lambda *_: embeddings)
+            try:
+                return self.read(ids)
+            finally:
+                hook.remove()
+
+        return F.normalize(shared(read, embeddings, ids), dim=-1)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit text embeddings (N, D) in fp32."""

@@ -133,7 +133,7 @@ def collect(runs: list[Run]) -> list[Entry]:
     """
     if not runs:
         raise ValueError("A report needs at least one run; the list of runs is empty.")
-    methods = [str(run.get("method") or "unnamed") for run in runs]
+    methods = [str(run.get("label") or run.get("method") or "unnamed") for run in runs]
     matrices = [_matrix(run, method) for run, method in zip(runs, methods, strict=True)]
     labels = _labels(methods, [_seeds(run) for run in runs])
     places: Counter[bool] = Counter()

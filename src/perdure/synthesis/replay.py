@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import torch
 from pydantic import AfterValidator, Field
 
+from perdure.core import processes
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.pixels import CENTRE, Fit
@@ -120,16 +122,17 @@ class Replay:
             store.warn(
                 f"{store.folder / str(entry.file)} is damaged ('{entry.prompt}'); it is drawn again from its seed."
             )
-        todo = [e.request for e in damaged] + store.missing(wanted)
+        todo = processes.from_main([e.request for e in damaged] + store.missing(wanted))
         if not todo:
             return 0
         try:
             self.generator.check_prompts([r.prompt for r in todo])  # all of them, before any is drawn
             store.folder.mkdir(parents=True, exist_ok=True)
             with only_one(store.folder, self.context.warn):
-                store.open()
-                store.read_manifest()  # another process may have drawn some of it while this one waited
-                todo = [e.request for e in damaged] + store.missing(wanted)
+                if processes.main():
+                    store.open()
+                    store.read_manifest()  # another process may have drawn some of it while this one waited
+                todo = processes.from_main([e.request for e in damaged] + store.missing(wanted))
                 self.fill(store, todo, len(wanted))
         finally:
             self.generator.release()
@@ -139,12 +142,18 @@ class Replay:
         return len(todo)
 
     def fill(self, store: Store, todo: Sequence[Request], total: int) -> None:
-        """Draw ``todo`` into the store, a batch at a time."""
-        size, done = self.generator.batch_size, total - len(todo)
+        """Draw ``todo`` into the store, a batch a process at a time."""
+        size, done = self.generator.batch_size * processes.count(), total - len(todo)
         for first in range(0, len(todo), size):
             asked = todo[first : first + size]
-            store.add(list(self.generator.draw(asked)))
+            own = torch.stack([image for _, image in self.generator.draw(asked[processes.worked(len(asked))])])
+            images = processes.gathered(own, len(asked))
+            if processes.main():
+                store.add(list(zip(asked, images, strict=True)))
             self.context.drawn(done + first + len(asked), total, len(asked))
+        processes.barrier()
+        if not processes.main():
+            store.read_manifest()
 
 
 def is_collected(folder: Path) -> bool:

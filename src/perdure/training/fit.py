@@ -7,7 +7,7 @@ learner says what is trained, for how long, and what one step's losses are.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from perdure.core.packing import Packed
-from perdure.data.files import crops
-from perdure.data.loader import ahead
 from perdure.data.task import Batch, Task
-from perdure.data.transforms import some_numbers
+from perdure.training.draws import drawn
+from perdure.training.processes import averaged, whole
 from perdure.training.progress import NOTHING_KEPT, Place, Saver
 from perdure.training.record import LOOK, Losses, check_finite, check_reached, course
 from perdure.training.schedule import Schedule
@@ -102,12 +101,6 @@ class Learner(Stepper):
         """When training is over, before anything is fused: what is left to do with what was learned."""
 
 
-def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index batches without end; every epoch a new order, a last short batch kept."""
-    while True:
-        yield from torch.randperm(count, generator=generator).split(size)
-
-
 def fit(
     learner: Learner,
     task: Task,
@@ -136,33 +129,6 @@ def fit(
             return losses
 
 
-def drawn(
-    task: Task, plan: Schedule, generator: torch.Generator, image_size: int, workers: int = 0, skipped: int = 0
-) -> Generator[Batch, None, None]:
-    """The task's training images in batches without end, cropped at random where the plan says so. The first ``skipped`` are
-    drawn, here and now, and not read."""
-    pixels, captions = task.train.pixels, task.train.captions
-
-    def jobs() -> Iterator[tuple[Tensor, Tensor | None]]:
-        for index in batches(len(task.train), plan.batch_size, generator):
-            yield index, some_numbers(len(index), generator) if plan.augment else None
-
-    def read(job: tuple[Tensor, Tensor | None]) -> Tensor:
-        index, numbers = job
-        return pixels[index] if numbers is None else crops(pixels, index, image_size, numbers)
-
-    def batches_read(todo: Iterator[tuple[Tensor, Tensor | None]]) -> Generator[Batch, None, None]:
-        in_memory = isinstance(pixels, Tensor)  # nothing to wait for
-        for (index, _), images in ahead(todo, read, 0 if in_memory else workers, generator):
-            more = {} if captions is None else {"captions": tuple(captions[k] for k in index.tolist())}
-            yield Batch(images, task.train.labels[index], index=index, **more)
-
-    todo = jobs()
-    for _ in range(skipped):
-        next(todo)
-    return batches_read(todo)
-
-
 def optimise(
     learner: Stepper, plan: Schedule, draws: Iterator[Batch], device: torch.device, precision: str = "fp32",
     on_step: OnStep | None = None, name: str = "features", saver: Saver = NOTHING_KEPT,
@@ -183,7 +149,7 @@ def optimise(
         for step in range(begun.step, begun.step if begun.last else plan.steps):
             losses: dict[str, Tensor] = {}
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                learner.step(next(draws).to(device), Accumulator(parameters, losses, more))
+                learner.step(whole(next(draws), device), Accumulator(parameters, losses, more))
             reached = reached or any(p.grad is not None for p in trained)
             plan.set(optimizer, step)
             if plan.clip is not None:
@@ -220,7 +186,7 @@ def mean_gradient(
         for batch in draws:
             count += 1
             losses: dict[str, Tensor] = {}
-            learner.step(batch.to(device), Accumulator(parameters, losses))
+            learner.step(whole(batch, device), Accumulator(parameters, losses))
             check_finite([losses], name)
             for key, p in parameters.items():
                 total[key] += 0 if p.grad is None else p.grad
@@ -256,7 +222,7 @@ class Accumulator:
         # Autocast would round what flows back through the parts that were computed in fp32 on purpose.
         with torch.autocast(rooted[0].device.type, enabled=False):
             found = torch.autograd.grad(torch.stack(rooted).sum(), list(self.parameters.values()), allow_unused=True)
-        gradients: Gradients = dict(zip(self.parameters, found, strict=True))
+        gradients: Gradients = dict(zip(self.parameters, averaged(found), strict=True))
         for name, gradient in gradients.items():
             if gradient is not None:
                 self.add(name, gradient)

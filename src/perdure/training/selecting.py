@@ -10,14 +10,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from perdure.core import processes
 from perdure.core.packing import Frozen
 from perdure.core.seeding import derive
 from perdure.data.files import Pixels
 from perdure.data.task import Batch, Class, Images, Task
 from perdure.models import selector
 from perdure.models.clip import CLIP
-from perdure.models.selector import Autoencoder
-from perdure.training.fit import Backward, Losses, Stepper, batches, drawn
+from perdure.models.selector import Autoencoder, Extract
+from perdure.models.shared import stretch
+from perdure.training.draws import batches, drawn
+from perdure.training.fit import Backward, Losses, Stepper
 from perdure.training.schedule import Schedule
 
 KEPT = 1 << 30  # bytes of features that are kept where images are not augmented
@@ -88,6 +91,11 @@ class Selector:
             x, standard = self.extract(images), self.kept.standard
             return torch.sigmoid((x - standard["mean"]) / standard["std"] if standard else x)
 
+    def of_all(self, compute: Extract, pixels: Pixels) -> Tensor:
+        """(N, …): what is computed of many images, ``evaluation_batch`` at a time."""
+        parts = [compute(part) for part in stretch(pixels).split(self.clip.evaluation_batch)]
+        return processes.gathered(torch.cat(parts), len(pixels))
+
     @torch.no_grad()
     def standardise(self, pixels: Pixels) -> None:
         """Bring features to mean 0 and deviation 1 over these images; AlexNet's are taken as they are."""
@@ -138,7 +146,7 @@ class Selector:
         """Images without end; where features are kept, those."""
         draws = self.draws(name, "order")
         if kept:
-            f = torch.cat([self.features(part) for part in pixels.split(self.clip.evaluation_batch)])
+            f = self.of_all(self.features, pixels)
             for index in batches(len(f), plan.batch_size, draws):
                 yield Batch(f[index], torch.zeros_like(index), features=True)
         nothing = Images(pixels, torch.zeros(len(pixels), dtype=torch.int64))
@@ -153,17 +161,16 @@ class Selector:
     def losses(self, pixels: Pixels) -> Tensor:
         """(N, 1 + T): the loss of each image under A₀ (infinite where there is none) and each task's autoencoder."""
         numbers = range(max(self.autoencoders) + 1)
-        parts = []
-        for part in pixels.split(self.clip.evaluation_batch):
-            f = self.features(part)
+
+        def losses(images: Tensor) -> Tensor:
+            f = self.features(images)
             none = f.new_full((len(f),), torch.inf)
             with torch.autocast(f.device.type, enabled=False):
-                parts.append(
-                    torch.stack(
-                        [self.autoencoders[k].losses(f) if k in self.autoencoders else none for k in numbers], 1
-                    )
+                return torch.stack(
+                    [self.autoencoders[k].losses(f) if k in self.autoencoders else none for k in numbers], 1
                 )
-        return torch.cat(parts)
+
+        return self.of_all(losses, pixels)
 
     def choose(self, pixels: Pixels) -> Tensor:
         """(N,): the number of the task that each image looks like, 0: none's."""

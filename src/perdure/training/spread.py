@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from perdure.core import processes
 from perdure.models.clip import CLIP
 from perdure.ops.losses import variance_covariance
 from perdure.training.fit import Regulariser
@@ -88,13 +89,14 @@ def regularised(learner: Any) -> AbstractContextManager[Regulariser | None]:
 
 @contextlib.contextmanager
 def collected(clip: CLIP, options: Options) -> Iterator[Spread]:
-    """Meanwhile, hooks collect what blocks make."""
+    """Meanwhile, hooks collect what blocks make; of whole batches, so that nothing is shared out to several processes."""
     spread = Spread(clip, options)
     hooks = [clip.backbone.text_model.register_forward_pre_hook(spread.read, with_kwargs=True)]
     for name, block in spread.blocks().items():
         hooks.append(block.register_forward_hook(lambda _, __, out, name=name: spread.collect(name, out)))
     try:
-        yield spread
+        with processes.alone():
+            yield spread
     finally:
         for hook in hooks:
             hook.remove()

@@ -28,13 +28,14 @@ FOR_RUNS = (
     "images",
     "shots",
     "class_order",
+    "task_order",
     "labels",
     "task_id",
     "online",
     "evaluate_every",
     "save_every",
     "keep",
-)  # settings that a stream must be whole for, or that are of use in a run alone
+)  # settings that a stream must be whole for, or that are of use where it is
 GROWS = "grows"  # in the place of a run's split
 
 

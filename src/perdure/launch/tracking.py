@@ -1,0 +1,139 @@
+"""A run as trackers hear it: losses, rates and speed of its steps, figures and costs of its rows."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perdure.core.errors import DamagedFile
+from perdure.core.state import read_json, write_json
+from perdure.engine.watcher import Watcher
+from perdure.launch.trackers import Begun, Record, Tracker
+from perdure.training.record import LOOK
+from perdure.training.schedule import Schedule
+
+WHERE = "tracked.json"  # the run's name for trackers, and the steps that had been taken at each row
+ENDS = ("transfer", "average", "last", "forgetting", "backward_transfer", "incremental_average", "incremental_last")
+
+
+@contextlib.contextmanager
+def tracking(folder: Path, config: Mapping[str, Any], kinds: Sequence[type[Tracker]]) -> Iterator[Watcher]:
+    """A watcher that hands what it hears of the run in ``folder`` to trackers; silent where there are none."""
+    if not kinds:
+        yield Silent()
+        return
+    ears = Tracking(folder, config, kinds)
+    try:
+        yield ears
+        ears.tell()
+    finally:
+        for tracker in ears.open:
+            tracker.close()
+
+
+class Silent(Watcher):
+    """Says nothing at all: the one beside it warns."""
+
+    def warn(self, text: str) -> None:
+        pass
+
+
+class Tracking(Silent):
+    """Makes records of what it hears. Losses are read from the device ``LOOK`` steps at a time: each look waits for it."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], kinds: Sequence[type[Tracker]]):
+        self.folder, self.config, self.kinds = folder, config, kinds
+        self.open: list[Tracker] = []
+        self.rows, self.at, self.number, self.task = 0, 0, 0, "before"
+        self.reached: list[int] = []  # ``at`` of each row
+        self.waiting: list[tuple[int, dict[str, Tensor]]] = []  # steps whose losses were not read yet
+        self.plan, self.phase, self.since = Schedule(steps=0, lr=0, warmup=0, batch_size=0), "", 0.0
+
+    def begins(self, tasks: list[str], rows: list[list[float]], probe: list[float]) -> None:
+        self.tasks, self.rows = tasks, len(rows)
+        try:
+            noted = read_json(self.folder / WHERE) if rows else {}
+        except DamagedFile:  # it was not tracked before
+            noted = {}
+        self.identity = noted.get("id") or uuid.uuid4().hex[:12]
+        reached = noted.get("at", [])[: self.rows]
+        self.reached = reached + [reached[-1] if reached else 0] * (self.rows - len(reached))
+        self.at = self.reached[-1] if rows else 0
+
+    def learns(self, task: str, number: int) -> None:
+        self.task, self.number = task, number
+
+    def trains(self, name: str, schedule: Schedule) -> None:
+        self.tell()
+        self.plan, self.phase, self.since = schedule, "" if name == self.task else f"{name}/", 0.0
+
+    def step(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
+        self.waiting.append((step, dict(losses)))
+        if len(self.waiting) == LOOK or not self.since:
+            self.tell()
+
+    def evaluates(self) -> None:
+        self.tell()
+
+    def row(self, accuracy: list[float], probe: float | None) -> None:
+        self.tell()
+        self.write(Record("row", self.number, self.task, self.at, self.figures(accuracy, probe)))
+        self.reached.append(self.at)
+        write_json(self.folder / WHERE, {"id": self.identity, "at": self.reached})
+
+    def tell(self) -> None:
+        """Write down the steps that wait. The first of a training is told by itself: what is made for it takes its time."""
+        if not self.waiting:
+            return
+        names = list(dict.fromkeys(name for _, losses in self.waiting for name in losses))
+        values = {n: torch.stack([ls[n] for _, ls in self.waiting if n in ls]).tolist() for n in names}
+        now = time.perf_counter()
+        speed = len(self.waiting) * self.plan.batch_size / (now - self.since) if self.since else None
+        self.since = now
+        for step, losses in self.waiting:
+            self.at += 1
+            figures = {f"{self.phase}loss/{name}": values[name].pop(0) for name in losses}
+            figures[f"{self.phase}lr"] = self.plan.rate(step - 1)
+            if speed and step == self.waiting[-1][0]:
+                figures[f"{self.phase}images_per_second"] = round(speed, 2)
+            self.write(Record("step", self.number, self.task, self.at, figures, step))
+        self.waiting.clear()
+
+    def figures(self, accuracy: list[float], probe: float | None) -> dict[str, float]:
+        """What is known after a task: the row, and of ``metrics.json``, which lies there before a row is told, its costs."""
+        found = read_json(self.folder / "metrics.json")
+        out = {f"accuracy/{name}": value for name, value in zip(self.tasks, accuracy, strict=True)}
+        out["accuracy/mean"] = sum(accuracy) / len(accuracy)
+        if probe is not None:
+            out["accuracy/probe"] = probe
+        out |= {f"gap/{key}": value for key, value in (found["gap"][-1] or {}).items()}
+        seconds = found["seconds_by_task"][-1]
+        out |= {f"seconds/{key}": seconds[key] for key in ("train", "evaluate")}
+        out["peak_memory_mb"] = found["peak_memory_mb"]
+        if found["finished"]:
+            out |= {f"figures/{key}": found[key] for key in ENDS if found.get(key) is not None}
+        return out
+
+    def write(self, record: Record) -> None:
+        """Hand a record to all; they are opened when the first comes."""
+        if not self.open:
+            keys = ("method", "stream", "seed", "options", "settings", "environment")
+            about = {key: self.config[key] for key in keys}
+            begun = Begun(self.folder, about, self.identity, self.rows, self.at_rows())
+            for kind in self.kinds:
+                tracker = kind(begun)
+                tracker.open()
+                self.open.append(tracker)
+        for tracker in self.open:
+            tracker.write(record)
+
+    def at_rows(self) -> int:
+        """The steps that had been taken at the last row that was kept."""
+        return self.reached[-1] if self.reached else 0

@@ -1,0 +1,83 @@
+"""Processes without processes: threads that take turns, each with the membership and the random states of a process of its
+own, and hand each other what torch.distributed would. One runs at a time, until it has to wait for the others."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from perdure.core import processes
+from perdure.core.processes import Membership
+
+T = TypeVar("T")
+LONG = 300  # seconds: what waits longer waits for ever
+
+
+class Together:
+    """``count`` processes; ``run`` has each do the same. Numbers in ``sent`` are those that were summed over all."""
+
+    def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch):
+        self.count, self.sent = count, 0
+        self.turn, self.gate = threading.Lock(), threading.Barrier(count)
+        self.slots: list[Any] = [None] * count
+        monkeypatch.setattr(processes, "here", processes.here)
+        monkeypatch.setattr(dist, "all_reduce", self.all_reduce)
+        monkeypatch.setattr(dist, "all_gather_object", self.all_gather)
+
+    def run(self, do: Callable[[int], T]) -> list[T]:
+        """What each made of its number; the first failure that is no mere consequence of another is raised."""
+        found: dict[int, Any] = {}
+        threads = [threading.Thread(target=self.one, args=(k, do, found)) for k in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        failed = [e for e in found.values() if isinstance(e, BaseException)]
+        if failed:
+            raise next((e for e in failed if not isinstance(e.__cause__, threading.BrokenBarrierError)), failed[0])
+        return [found[k] for k in range(self.count)]
+
+    def one(self, number: int, do: Callable[[int], T], found: dict[int, Any]) -> None:
+        member = Membership(number, self.count)
+        with self.turn:
+            processes.here = member
+            try:
+                found[number] = do(number)
+            except BaseException as error:  # noqa: B902  whatever it was, the others must not wait for it
+                found[number] = error
+                self.gate.abort()
+
+    def exchange(self, value: Any) -> list[Any]:
+        """What each hands over, in order."""
+        member, states = processes.here, (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        self.slots[member.rank] = value
+        self.turn.release()
+        try:
+            self.gate.wait(LONG)
+            said = list(self.slots)
+            self.gate.wait(LONG)
+        finally:
+            self.turn.acquire()
+            processes.here = member
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+        return said
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        self.sent += tensor.numel()
+        with torch.no_grad():
+            parts = self.exchange(tensor.clone())
+            assert len({(x.shape, x.dtype) for x in parts}) == 1, "processes sum what is not alike"
+            tensor.copy_(torch.stack(parts).sum(0, dtype=tensor.dtype))
+
+    def all_gather(self, said: list[Any], value: Any) -> None:
+        said[:] = self.exchange(value)
