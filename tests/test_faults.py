@@ -41,6 +41,12 @@ from perdure.training.schedule import Schedule
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is waited for: what is tried is the order of operations."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 # ---- saves inside a task
 
 
@@ -100,7 +106,9 @@ def alike(a: tuple[Toy, Losses, list[str]], b: tuple[Toy, Losses, list[str]]) ->
 
 
 @pytest.mark.parametrize("mode", ["fails", "ends"])
-def test_each_file_operation_of_a_save_inside_a_task_may_fail_or_be_the_last(mode: Mode, tmp_path: Path) -> None:
+def test_each_file_operation_of_a_save_inside_a_task_may_fail_or_be_the_last(
+    mode: Mode, tmp_path: Path, no_disk: None
+) -> None:
     whole, seen = life(tmp_path, every="never"), 0
     for number in itertools.count(1):
         faults = Faults(tmp_path, number, mode)
@@ -222,7 +230,7 @@ class Holder(Method):
 
 
 @pytest.mark.parametrize("mode", ["fails", "ends"])
-def test_each_file_operation_of_a_tasks_save_may_fail_or_be_the_last(mode: Mode, tmp_path: Path) -> None:
+def test_each_file_operation_of_a_tasks_save_may_fail_or_be_the_last(mode: Mode, tmp_path: Path, no_disk: None) -> None:
     heard: list[str] = []
 
     def course(run: Path) -> list[Saved]:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
+from perdure.core.packing import Packed
 from perdure.core.seeding import derive
 from perdure.data.task import Batch, Context, Task
 from perdure.data.transforms import random_resized_crop
@@ -141,6 +142,17 @@ class PFR(Method):
             if self.of_texts:
                 losses["distil_text"] = self.config.lam * projected(texts, self.old_texts, self.head("text_projector"))
         backward(**losses)
+
+    def pack_progress(self) -> Packed:
+        files, values = super().pack_progress()
+        own = {"beside": dict(self.beside.named_buffers()), "views": {"draws": self.draws.get_state()}}
+        return {**files, **own}, values
+
+    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        super().unpack_progress(files, values)
+        self.draws.set_state(files["views"]["draws"])
+        for name, buffer in self.beside.named_buffers():
+            buffer.copy_(files["beside"][name])
 
     def views(self, images: Tensor) -> list[Tensor]:
         """What of each image (B, 3, S, S) is shown: one view or two."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from perdure.core.packing import Packed
 from perdure.data.task import Batch
 from perdure.ops.concepts import Spread, agreement
 from perdure.ops.losses import classification
@@ -84,6 +85,17 @@ class Judge:
         if not self.settled:
             self.best, self.kept = share, {name: t.detach().clone() for name, t in weights.items()}
 
+    def pack(self) -> Packed:
+        """What it has kept so far."""
+        return {"judge": self.kept}, {"best": self.best, "settled": self.settled}
+
+    def unpack(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        """The inverse of ``pack``."""
+        self.best, self.settled = values["best"], values["settled"]
+        self.kept = {
+            name: t.to(self.labels.device) for name, t in files.get("judge", {}).items() if self.labels is not None
+        }
+
     def settle(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights to go on with: the best; where none was ever right, or none was looked at, ``weights``."""
         return self.kept or {name: t.detach().clone() for name, t in weights.items()}
@@ -138,6 +150,16 @@ class Search(Stepper):
     def enough(self, steps: int) -> bool:
         return self.judge.settled
 
+    def pack_progress(self) -> Packed:
+        files, values = self.judge.pack()
+        return {**files, "gate": dict(self.gate.named_buffers())}, {**values, "training": self.gate.training}
+
+    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        self.judge.unpack(files, values)
+        self.gate.train(values["training"])
+        for name, buffer in self.gate.named_buffers():
+            buffer.copy_(files["gate"][name])
+
 
 class Bottleneck(Stepper):
     """Trains all rows of W (M, D) and all heads H (C, M); ``concepts`` (M, D): unit texts of what the rows are called."""
@@ -165,6 +187,12 @@ class Bottleneck(Stepper):
             assert self.judge.features is not None
             with torch.no_grad():
                 self.judge.look(scored(self.judge.features, self.weight) @ self.heads.T, self.parameters())
+
+    def pack_progress(self) -> Packed:
+        return self.judge.pack()
+
+    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        self.judge.unpack(files, values)
 
 
 def scored(x: Tensor, weight: Tensor) -> Tensor:
