@@ -47,6 +47,9 @@ OWN: dict[str, dict[str, Any]] = {
     "codyra": {"kappa": 0.02, "kappa_steps": 2},
     "slca": {"align_draws": 8},
     "cgil": {"draws": 2, "vae_passes": 10, "vae_hidden": 8, "vae_latent": 4},
+    "clg_cbm": {"per_class": 2, "epochs": 1, "search_epochs": 1},
+    "taalm": {"meta_source": "drawings", "meta_steps": 2, "meta_batch": 1, "hidden": 4},
+    "td_vcl": {"n": 2},
 }
 Curve = dict[str, Any]  # "losses": task → loss → a value a step; "phases": task → phase → …; "logits": task → numbers
 

@@ -156,14 +156,6 @@ class OrthSR(Method):
             losses["kl"] = c.kl_weight * distillation(clip.similarity(embedded, texts), wanted, 1.0, form)
         backward(**losses)
 
-    def pack_progress(self) -> Packed:
-        files, values = super().pack_progress()
-        return {**files, "cutout": {"draws": self.draw.get_state()}}, values
-
-    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
-        super().unpack_progress(files, values)
-        self.draw.set_state(files["cutout"]["draws"])
-
     def wanted(self, images: Tensor, batch: Batch) -> Tensor:
         """(B, C): the logits of the bypass."""
         if self.shown is not None and batch.index is not None:
