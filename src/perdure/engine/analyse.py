@@ -18,7 +18,9 @@ from perdure.ops.losses import positive_pull
 from perdure.ops.margins import cka, class_margins, correlation, described, pair_margins
 
 BLOCK = re.compile(r"\w+_model\.encoder\.layers\.(\d+)\.")
-TEXTS = 512  # at a time, whatever ``evaluation_batch``: padded tokens, as many as the longest has, count in a block's means
+TEXTS = (
+    512  # at a time, whatever ``evaluation_batch``: padded tokens, as many as the longest has, count in a block's means
+)
 
 
 @dataclass(frozen=True)
