@@ -18,6 +18,9 @@ from perdure.ops.losses import positive_pull
 from perdure.ops.margins import cka, class_margins, correlation, described, pair_margins
 
 BLOCK = re.compile(r"\w+_model\.encoder\.layers\.(\d+)\.")
+TEXTS = (
+    512  # at a time, whatever ``evaluation_batch``: padded tokens, as many as the longest has, count in a block's means
+)
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,7 @@ class Listening:
         try:
             batches = [part for one in images for part in one.pixels.split(clip.evaluation_batch)]
             ends = {"image rest": torch.cat([clip.encode_image(part) for part in batches])}
-            size = 2 * clip.evaluation_batch  # as ``class_texts`` has it
-            texts = [clip.encode_text(prompts[k : k + size]) for k in range(0, len(prompts), size)]
+            texts = [clip.encode_text(prompts[k : k + TEXTS]) for k in range(0, len(prompts), TEXTS)]
             ends["text rest"] = torch.cat(texts)
         finally:
             for hook in hooks:
