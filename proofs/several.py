@@ -27,7 +27,8 @@ from perdure.engine.settings import Settings
 from perdure.training.recipe import Training
 
 CLOSE = 1e-5
-ROUNDING = {"slca": 1e-4, "finetune+slca": 1e-4}  # draws by the factors of covariances that a few images leave singular
+# Draws by the factors of covariances that a few images leave singular; VAEs of two images.
+ROUNDING = {"slca": 1e-4, "finetune+slca": 1e-4, "cgil": 1e-4}
 SMALL: dict[str, Any] = {
     "tasks": 2, "images": 22, "iterations": 3, "warmup": 1, "batch_size": 7, "precision": "fp32", "threads": 1,
     "synthetic": 6, "synthetic_batch": 5, "sampling_steps": 2, "sampling_batch": 4, "reference_batch": 8,
