@@ -22,8 +22,7 @@ from perdure.methods.mg_clip import Config, HeadLearner
 from perdure.models.clip import CLIP
 from perdure.models.heads import CosineHead
 from perdure.ops.prototypes import class_means
-from perdure.training.draws import batches
-from perdure.training.fit import optimise
+from perdure.training.fit import batches, optimise
 
 
 @torch.no_grad()

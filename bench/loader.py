@@ -31,7 +31,7 @@ from perdure.data.files import Files
 from perdure.data.places import index
 from perdure.data.task import Class, Images, Task
 from perdure.data.transforms import crop_box, some_numbers
-from perdure.training.draws import drawn
+from perdure.training.fit import drawn
 from perdure.training.schedule import Schedule
 
 SIZE, SIDE = (500, 375), 224

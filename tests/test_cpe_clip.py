@@ -19,7 +19,7 @@ from perdure.methods.compose import Compose
 from perdure.methods.condu import ConDU
 from perdure.methods.cpe_clip import CPECLIP
 from perdure.models.clip import CLIP
-from perdure.training import draws
+from perdure.training import fit as training
 from perdure.training.fit import fit
 
 NAMES = {"g_values": "vectors", "prompt_proj.weight": "project.weight", "prompt_proj.bias": "project.bias"}
@@ -66,7 +66,7 @@ def sessions(about: dict[str, Any], t: dict[str, Tensor]) -> list[Task]:
 
 @pytest.fixture(autouse=True)
 def orderly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draws, "batches", in_order)
+    monkeypatch.setattr(training, "batches", in_order)
 
 
 def put(method: CPECLIP, values: dict[str, Tensor]) -> None:

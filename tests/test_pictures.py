@@ -23,7 +23,7 @@ from perdure.data.files import Files, Joined, all_cropped, crops, opened
 from perdure.data.loader import ahead
 from perdure.data.task import Batch, Class, Images, Task
 from perdure.data.transforms import crop_box, crop_shares, some_numbers
-from perdure.training.draws import drawn
+from perdure.training.fit import drawn
 from perdure.training.schedule import Schedule
 
 

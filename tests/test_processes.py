@@ -38,8 +38,7 @@ from perdure.engine import alike
 from perdure.engine.watcher import Watcher
 from perdure.models.clip import CLIP
 from perdure.models.shared import shared
-from perdure.training.draws import drawn
-from perdure.training.fit import Stepper, fit, optimise
+from perdure.training.fit import Stepper, drawn, fit, optimise
 from perdure.training.processes import averaged, whole
 from perdure.training.schedule import Schedule
 

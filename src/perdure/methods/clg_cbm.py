@@ -46,7 +46,7 @@ from perdure.models.clip import CLIP
 from perdure.models.heads import known
 from perdure.ops import concepts, gaussians
 from perdure.training.bottleneck import Bottleneck, BottleneckOptions, Judge, Search, grown, held_out, new_gate, scored
-from perdure.training.draws import batches
+from perdure.training.fit import batches
 from perdure.training.schedule import Schedule
 
 TOLD = 5  # concepts of an explanation

@@ -38,8 +38,7 @@ from perdure.methods.base import Method, Recipe, State, register
 from perdure.models.clip import CLIP
 from perdure.ops.losses import alignment, alignment_targets, distillation, positive_pull
 from perdure.synthesis.replay import Replay, Synthesis
-from perdure.training.draws import batches
-from perdure.training.fit import Backward, Gradients
+from perdure.training.fit import Backward, Gradients, batches
 from perdure.training.schedule import Schedule
 
 NO_GRADIENT = 1e-6  # F of a tensor that the pairs do not reach

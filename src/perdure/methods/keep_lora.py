@@ -49,8 +49,7 @@ from perdure.models.heads import CosineHead
 from perdure.ops import subspace
 from perdure.ops.losses import classification
 from perdure.ops.prototypes import class_means
-from perdure.training.draws import batches
-from perdure.training.fit import Backward, mean_gradient
+from perdure.training.fit import Backward, batches, mean_gradient
 from perdure.training.recipe import TaskName
 from perdure.training.schedule import Schedule
 

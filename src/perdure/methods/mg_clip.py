@@ -44,8 +44,7 @@ from perdure.models.heads import CosineHead, Gate, Row, known, mix, places, soft
 from perdure.ops.gap import logit_means, relative_change
 from perdure.ops.losses import classification
 from perdure.ops.prototypes import class_means
-from perdure.training.draws import batches
-from perdure.training.fit import Backward, Stepper
+from perdure.training.fit import Backward, Stepper, batches
 from perdure.training.schedule import Schedule
 
 

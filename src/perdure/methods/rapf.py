@@ -37,8 +37,7 @@ from perdure.methods.base import register
 from perdure.methods.base_head import HeadMethod, HeadOptions, HeadState
 from perdure.ops import gaussians
 from perdure.ops.losses import classification
-from perdure.training.draws import batches
-from perdure.training.fit import Backward, Stepper
+from perdure.training.fit import Backward, Stepper, batches
 from perdure.training.schedule import Schedule
 
 AIM = 2000  # draws an epoch

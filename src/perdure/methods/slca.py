@@ -38,8 +38,7 @@ from perdure.methods.base_head import HeadMethod, HeadOptions, HeadState
 from perdure.models.clip import CLIP
 from perdure.ops import gaussians
 from perdure.ops.losses import classification
-from perdure.training.draws import batches
-from perdure.training.fit import Backward, Stepper
+from perdure.training.fit import Backward, Stepper, batches
 from perdure.training.schedule import Schedule
 
 

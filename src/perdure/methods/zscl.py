@@ -43,8 +43,7 @@ from perdure.methods.base import METHODS, Method, Recipe, Row, register
 from perdure.models.clip import CLIP
 from perdure.synthesis.reference import Reference, ReferenceRecipe
 from perdure.training.distillation import DistillationRecipe, Distiller
-from perdure.training.draws import batches
-from perdure.training.fit import Backward
+from perdure.training.fit import Backward, batches
 from perdure.training.schedule import Schedule
 
 

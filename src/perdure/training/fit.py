@@ -7,98 +7,42 @@ learner says what is trained, for how long, and what one step's losses are.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from perdure.core.packing import Packed
+from perdure.core import processes
+from perdure.data.files import crops
+from perdure.data.loader import ahead
 from perdure.data.task import Batch, Task
-from perdure.training.draws import drawn
+from perdure.data.transforms import some_numbers
+from perdure.training.learner import Backward, Gradients, Learner, Regulariser, Stepper
 from perdure.training.processes import averaged, whole
 from perdure.training.progress import NOTHING_KEPT, Place, Saver
 from perdure.training.record import LOOK, Losses, check_finite, check_reached, course
 from perdure.training.schedule import Schedule
 
-Gradients = dict[str, Tensor | None]
+__all__ = [
+    "Backward",
+    "Gradients",
+    "Learner",
+    "Losses",
+    "Stepper",
+    "batches",
+    "drawn",
+    "fit",
+    "mean_gradient",
+    "optimise",
+]
 OnStep = Callable[[int, int, Mapping[str, Tensor]], None]
 
 
-class Backward(Protocol):
-    """What a step calls with its losses; gradients of several calls accumulate."""
-
-    def __call__(self, **losses: Tensor) -> Gradients:
-        """Back-propagate the sum of named losses; return THIS call's gradients by parameter name.
-
-        A loss without a graph is recorded, no more.
-        """
-        ...
-
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Add a gradient that is known in closed form to what the parameter ``name`` has."""
-        ...
-
-    def replace(self, name: str, gradient: Tensor) -> None:
-        """Put a gradient (a projection, say) in the place of all that the parameter ``name`` has."""
-        ...
-
-
-class Regulariser(Protocol):
-    """What is added to a step's losses, whatever they are of."""
-
-    def terms(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Further losses by name, where these are about to be back-propagated."""
-        ...
-
-    def clear(self) -> None:
-        """They were."""
-        ...
-
-
-class Stepper:
-    """What ``optimise`` asks of whatever learns."""
-
-    def regularised(self) -> AbstractContextManager[Regulariser | None]:
-        """Entered while steps are taken: what is added to their losses; None: nothing."""
-        return contextlib.nullcontext()
-
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """What learns, by name."""
-        return {}
-
-    def step(self, batch: Batch, backward: Backward) -> None:
-        """One batch: hand its losses to ``backward``."""
-
-    def stepped(self, step: int) -> None:
-        """After the optimiser's step number ``step`` (1 …): what is done to the weights themselves."""
-
-    def enough(self, steps: int) -> bool:
-        """Whether to stop after so many steps, before the schedule ends."""
-        return False
-
-    def pack_progress(self) -> Packed:
-        """What changes from step to step beside the parameters, as (tensors by file, plain values): see ``Method``."""
-        return {}, {}
-
-    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
-        """The inverse of ``pack_progress``, before the first step and when all is prepared as for the very first one."""
-
-
-class Learner(Stepper):
-    """What ``fit`` asks of a method."""
-
-    def schedule(self, task: Task) -> Schedule:
-        """How long and how fast ``task`` is trained on."""
-        raise NotImplementedError
-
-    def again(self, task: Task) -> bool:
-        """After training: whether to train anew, under the schedule that is asked for then."""
-        return False
-
-    def finish(self, task: Task) -> None:
-        """When training is over, before anything is fused: what is left to do with what was learned."""
+def batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index batches without end; every epoch a new order, a last short batch kept."""
+    while True:
+        yield from torch.randperm(count, generator=generator).split(size)
 
 
 def fit(
@@ -127,6 +71,39 @@ def fit(
         if not losses.steps or not learner.again(task):
             learner.finish(task)
             return losses
+
+
+def drawn(
+    task: Task, plan: Schedule, generator: torch.Generator, image_size: int, workers: int = 0, skipped: int = 0
+) -> Generator[Batch, None, None]:
+    """The task's training images in batches without end, cropped at random where the plan says so. The first ``skipped`` are
+    drawn, here and now, and not read. Of pictures in files, processes that share a run read each its rows of a batch (see
+    ``processes.whole``)."""
+    pixels, captions = task.train.pixels, task.train.captions
+    in_memory = isinstance(pixels, Tensor)  # nothing to wait for
+    parts = processes.sharing() and not in_memory
+
+    def jobs() -> Iterator[tuple[Tensor, Tensor | None]]:
+        for index in batches(len(task.train), plan.batch_size, generator):
+            yield index, some_numbers(len(index), generator) if plan.augment else None
+
+    def read(job: tuple[Tensor, Tensor | None]) -> Tensor:
+        index, numbers = job
+        if parts:
+            own = processes.worked(len(index))
+            index, numbers = index[own], None if numbers is None else numbers[..., own]
+        return pixels[index] if numbers is None else crops(pixels, index, image_size, numbers)
+
+    def batches_read(todo: Iterator[tuple[Tensor, Tensor | None]]) -> Generator[Batch, None, None]:
+        for (index, _), images in ahead(todo, read, 0 if in_memory else workers, generator):
+            more: dict[str, Any] = {} if captions is None else {"captions": tuple(captions[k] for k in index.tolist())}
+            more |= {"parts": len(index)} if parts else {}
+            yield Batch(images, task.train.labels[index], index=index, **more)
+
+    todo = jobs()
+    for _ in range(skipped):
+        next(todo)
+    return batches_read(todo)
 
 
 def optimise(

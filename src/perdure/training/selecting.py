@@ -19,8 +19,7 @@ from perdure.models import selector
 from perdure.models.clip import CLIP
 from perdure.models.selector import Autoencoder, Extract
 from perdure.models.shared import stretch
-from perdure.training.draws import batches, drawn
-from perdure.training.fit import Backward, Losses, Stepper
+from perdure.training.fit import Backward, Losses, Stepper, batches, drawn
 from perdure.training.schedule import Schedule
 
 KEPT = 1 << 30  # bytes of features that are kept where images are not augmented
