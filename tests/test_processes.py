@@ -400,8 +400,8 @@ def test_a_worker_that_is_killed_ends_the_run_and_another_number_goes_on_with_it
     os.kill(workers[0].pid, signal.SIGKILL)
     said = run.communicate()[0]
     assert run.returncode != 0
-    found = re.findall(r"^(?:Error: |Stopped\.).*", said, re.M)  # noticed by itself, or told by the launcher
-    assert len(found) == 1 and "perdure resume" in found[0] and "is kept" in found[0], said
+    messages = re.findall(r"^(?:Error: |Stopped\.).*", said, re.M)  # noticed by itself, or told by the launcher
+    assert len(messages) == 1 and "perdure resume" in messages[0] and "is kept" in messages[0], said
     assert not list(folder.glob("task_02_*")) and not json.loads((folder / "metrics.json").read_text())["finished"]
     ended = launch.resume(folder)
     assert ended["finished"] and ended["accuracy"] == whole["accuracy"]
