@@ -349,6 +349,7 @@ def test_a_clip_whose_folder_changes_while_it_is_used_is_refused(tmp_path: Path)
         clip.pretrained  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_run_begun_on_an_accelerator_can_be_gone_on_with_here(short_run: Run) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has the device that should be missing")

@@ -14,6 +14,7 @@ from perdure.data.task import Stream
 from perdure.models.clip import CLIP
 
 
+@pytest.mark.slow
 def test_what_unchanged_weights_make_of_the_stream_is_worked_out_once_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

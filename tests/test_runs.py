@@ -200,6 +200,7 @@ def test_a_finished_run_is_left_alone(short_run: Run, tmp_path: Path) -> None:
     assert again["finished"] and outcome(folder) != before
 
 
+@pytest.mark.slow
 def test_overwriting_leaves_what_perdure_did_not_write(short_run: Run) -> None:
     folder = short_run("finetune")["folder"]
     (folder / "notes.txt").write_text("mine")

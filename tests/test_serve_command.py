@@ -22,6 +22,7 @@ from perdure import Learner
 COMMAND = [sys.executable, "-m", "perdure", "serve"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_served_is_said_in_a_sentence(learned: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
