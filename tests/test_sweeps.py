@@ -128,7 +128,7 @@ def test_runs_are_packed_onto_what_a_machine_has() -> None:
     assert room_on(node, {"CPU": 2, "GPU": 0}) == 4 and room_on(node, {"CPU": 1, "GPU": 0.5}) == 4
     assert room_on(node, {"CPU": 0.5, "GPU": 0}) == 16 and room_on({"CPU": 8.0}, {"CPU": 1, "GPU": 1}) == 0
     said = described([node, node], {"CPU": 1, "GPU": 0.5}, 8)
-    assert said == "Ray on 2 machines with 16 cores, 4 GPUs; a run takes 1 cores, 0.5 GPUs: 8 at a time"
+    assert said == "Ray on 2 machines with 16 cores, 4 GPUs; a run takes 1 core, 0.5 GPUs: 8 at a time"
 
 
 def test_without_ray_they_are_done_one_after_another(
@@ -189,7 +189,7 @@ def test_on_ray_a_worker_is_killed_for_real(tmp_path: Path) -> None:
     os.kill(json.loads((folder / MARK).read_text())["pid"], signal.SIGKILL)
     said, wrong = process.communicate()
     assert process.returncode == 0, said + wrong
-    assert "2 cores, 0 GPUs; a run takes 1 cores, 0 GPUs: 2 at a time" in said
+    assert "2 cores, 0 GPUs; a run takes 1 core, 0 GPUs: 2 at a time" in said
     assert "finetune-mini-mtil, seed 1: failed (its worker was killed); it is tried again." in said
     assert "finetune (2 seeds)" in said and (out / "report.html").exists() and (folder / "track.csv").exists()
     alone: dict[str, Any] = dict(word.split("=") for word in map(str, words) if "=" in word)

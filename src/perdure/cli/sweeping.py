@@ -108,14 +108,14 @@ def carried_out(out: Path, asked: Plan, cells: list[Cell], place: Place, retries
     from rich.live import Live
 
     from perdure.core.state import only_one
-    from perdure.launch.sweep.sweep import claim, runs_of
+    from perdure.launch.sweep.sweep import claim, take_over
     from perdure.launch.sweep.sweep import sweep as do
 
     screen = console()
     out.mkdir(parents=True, exist_ok=True)
     try:
         with only_one(out):
-            say(f"{counted(runs_of(cells))}. {place.room}.")
+            say(f"{counted(take_over(cells))}. {place.room}.")
             asked.write(out)
             claim(cells, place, lambda text: say(f"Warning: {text}"))
             with Live(console=screen, transient=True, auto_refresh=False) as live:

@@ -59,7 +59,7 @@ def asked(cell: Cell) -> tuple[str, str, str, tuple[str, ...], int, int]:
 class InTurn(Place):
     """Here, one after another, each in a process of its own: none can take another down, or leave it less memory."""
 
-    room = "one run after another"
+    room = "One run after another"
 
     def __init__(self, report_to: str = ""):
         self.report_to = report_to
@@ -180,11 +180,15 @@ def room_on(node: dict[str, float], needs: dict[str, float]) -> int:
 
 def described(nodes: Sequence[dict[str, float]], needs: dict[str, float], at_once: int) -> str:
     """What there is, and what a run takes of it, in words."""
-    words = {"CPU": "cores", "GPU": "GPUs"}
-    there = ", ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {words[kind]}" for kind in needs)
-    takes = ", ".join(f"{need:g} {words[kind]}" for kind, need in needs.items())
-    machines = f"{len(nodes)} machine{'s' if len(nodes) != 1 else ''}"
-    return f"Ray on {machines} with {there}; a run takes {takes}: {at_once} at a time"
+    words = {"CPU": "core", "GPU": "GPU"}
+    there = ", ".join(counted(sum(node.get(kind, 0) for node in nodes), words[kind]) for kind in needs)
+    takes = ", ".join(counted(need, words[kind]) for kind, need in needs.items())
+    return f"Ray on {counted(len(nodes), 'machine')} with {there}; a run takes {takes}: {at_once} at a time"
+
+
+def counted(number: float, what: str) -> str:
+    """``1 core``, ``0.5 cores``."""
+    return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
 def last_line(text: str) -> str:

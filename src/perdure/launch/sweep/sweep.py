@@ -60,6 +60,14 @@ def runs_of(cells: Sequence[Cell]) -> list[Run]:
     return runs
 
 
+def take_over(cells: Sequence[Cell]) -> list[Run]:
+    """The runs, by whoever alone holds the sweep's folder: none is being done, whatever a process that was killed has left."""
+    for cell in cells:
+        for folder in cell.runs:
+            (folder / MARK).unlink(missing_ok=True)
+    return runs_of(cells)
+
+
 def check_out(out: Path) -> None:
     """Refuse a folder that holds anything but a sweep."""
     if out.is_file():
@@ -92,9 +100,8 @@ def sweep(
     """
     runs = runs_of(cells)
     open_runs = {run.folder: run for run in runs if run.state != "finished"}
-    for run in open_runs.values():
-        (run.folder / MARK).unlink(missing_ok=True)  # of a process that was killed
-        place.start(run.folder)
+    for folder in open_runs:
+        place.start(folder)
     while open_runs:
         for end in place.ended(TICK):
             run = open_runs[end.run]
