@@ -26,8 +26,9 @@ class Together:
 
     def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch):
         self.count, self.sent = count, 0
-        self.turn, self.gate = threading.Lock(), threading.Barrier(count)
-        self.slots: list[Any] = [None] * count
+        self.turn, self.told = threading.Lock(), threading.Condition()
+        self.rounds: dict[int, dict[int, Any]] = {}  # what each has handed over, exchange by exchange
+        self.at, self.failed = [0] * count, False
         monkeypatch.setattr(processes, "here", processes.here)
         monkeypatch.setattr(dist, "all_reduce", self.all_reduce)
         monkeypatch.setattr(dist, "all_gather_object", self.all_gather)
@@ -35,6 +36,7 @@ class Together:
     def run(self, do: Callable[[int], T]) -> list[T]:
         """What each made of its number; the first failure that is no mere consequence of another is raised."""
         found: dict[int, Any] = {}
+        self.rounds, self.at, self.failed = {}, [0] * self.count, False
         threads = [threading.Thread(target=self.one, args=(k, do, found)) for k in range(self.count)]
         for thread in threads:
             thread.start()
@@ -53,17 +55,24 @@ class Together:
                 found[number] = do(number)
             except BaseException as error:  # noqa: B902  whatever it was, the others must not wait for it
                 found[number] = error
-                self.gate.abort()
+                with self.told:
+                    self.failed = True
+                    self.told.notify_all()
 
     def exchange(self, value: Any) -> list[Any]:
         """What each hands over, in order."""
         member, states = processes.here, (random.getstate(), np.random.get_state(), torch.get_rng_state())
-        self.slots[member.rank] = value
+        slots = self.rounds.setdefault(self.at[member.rank], {})
+        self.at[member.rank] += 1
         self.turn.release()
         try:
-            self.gate.wait(LONG)
-            said = list(self.slots)
-            self.gate.wait(LONG)
+            with self.told:
+                slots[member.rank] = value
+                self.told.notify_all()
+                self.told.wait_for(lambda: self.failed or len(slots) == self.count, LONG)
+            if len(slots) < self.count:
+                raise threading.BrokenBarrierError
+            said = [slots[rank] for rank in range(self.count)]
         finally:
             self.turn.acquire()
             processes.here = member

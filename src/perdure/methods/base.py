@@ -44,7 +44,7 @@ class State:
     """What must outlive a task beyond weights and modules; the kinds of fields are those of ``perdure.core.packing``."""
 
 
-class Method(Answering, Learning, Inside):
+class Method(Answering, Inside, Learning):
     """Sequential fine-tuning, and the base of every method.
 
     ``bind`` gives it the model; then, a task: ``start``, ``begin_task``, steps, ``fuse``, ``calibrate``, ``predict``.
