@@ -83,6 +83,26 @@ def batches() -> Iterator[Batch]:
         yield Batch(torch.randn(4, 3, generator=draw), torch.zeros(4, dtype=torch.int64))
 
 
+class Counting(Toy):
+    """Hands over a list that lives on."""
+
+    def __init__(self, ends: int = 0):
+        super().__init__(ends)
+        self.seen: list[int] = []
+
+    def stepped(self, step: int) -> None:
+        super().stepped(step)
+        self.seen.append(step)
+
+    def pack_progress(self) -> Any:
+        files, values = super().pack_progress()
+        return files, {**values, "seen": self.seen}
+
+    def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        super().unpack_progress(files, values)
+        self.seen = values["seen"]
+
+
 def life(folder: Path, ends: int = 0, every: str = "2", steps: int = 7) -> tuple[Toy, Losses, list[str]]:
     """A process that trains the toy, or goes on with it."""
     heard: list[str] = []
@@ -415,3 +435,14 @@ def test_a_signal_inside_a_task_saves_it_and_a_scheduler_goes_on(number: int, co
     launch.begin("finetune", "mini-mtil", tmp_path / "whole", assignments=words)
     perdure.resume(tmp_path / "whole")
     assert same(outcome(folder), outcome(tmp_path / "whole"))
+
+
+def test_a_save_stays_as_it_was_when_a_later_training_is_saved(tmp_path: Path) -> None:
+    kept, learner = Steps(tmp_path, "task_01_toy", ("id",), "before", Every(steps=2), print), Counting()
+    for name in ("toy", "head"):
+        saver = kept.training(name)
+        saver.begin(learner)
+        optimise(learner, Schedule(4, 0.1, 0, 4), batches(), CPU, saver=saver)
+    found, again = Counting(), Steps(tmp_path, "task_01_toy", ("id",), "before", Every(), print)
+    assert again.training("toy").begin(found) == 4 and found.seen == [1, 2, 3, 4]
+    assert again.training("head").begin(found) == 4 and found.seen == [1, 2, 3, 4] * 2

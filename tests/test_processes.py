@@ -389,11 +389,11 @@ def test_three_started_by_torchrun_write_what_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_and_another_number_goes_on_with_it(tmp_path: Path) -> None:
-    asked = {**several.asked("finetune"), "iterations": 25}
+    asked = {**several.asked("finetune"), "iterations": 25, "save_every": "5"}
     whole = perdure.run("finetune", "mini-mtil", tmp_path / "one", **asked)
     folder = tmp_path / "two"
     run = torchrun(2, "run", "--method", "finetune", "--stream", "mini-mtil", "--out", folder, *words(asked))
-    while not list(folder.glob("task_01_*")):
+    while not list(folder.glob("begun_task_02_*/state.json")):
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.05)
     workers = [p for p in psutil.Process(run.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
@@ -403,6 +403,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_another_number_goes_on_with_it
     messages = re.findall(r"^(?:Error: |Stopped\.).*", said, re.M)  # noticed by itself, or told by the launcher
     assert len(messages) == 1 and "perdure resume" in messages[0] and "is kept" in messages[0], said
     assert not list(folder.glob("task_02_*")) and not json.loads((folder / "metrics.json").read_text())["finished"]
+    assert list(folder.glob("begun_task_02_*/state.json"))  # it goes on inside the task
     ended = launch.resume(folder)
     assert ended["finished"] and ended["accuracy"] == whole["accuracy"]
     alike_runs(folder, tmp_path / "one")

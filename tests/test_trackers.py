@@ -15,6 +15,7 @@ from test_resumed import Enough
 import perdure
 from perdure import launch
 from perdure.core.errors import PerdureError
+from perdure.engine.watcher import Watcher
 from perdure.launch.trackers import checked
 
 ASKED: dict[str, Any] = {**SHORT, "tasks": 2, "iterations": 4, "warmup": 2, "lr": 3e-4, "threads": 1}
@@ -64,6 +65,31 @@ def test_lines_and_tables_hold_what_the_run_did_and_a_kill_leaves_the_same(tmp_p
     assert lines == others and lines[0] == ["kind", "number", "task", "step", "at", "figure", "value"]
     assert ["config", "0", "", "0", "0", "options/lr", "0.0003"] in lines
     assert {row[6] for row in lines if row[5] == "loss/task"} == {str(r["loss/task"]) for r in steps}
+
+
+@pytest.mark.slow
+def test_steps_that_an_earlier_process_took_are_told_once(tmp_path: Path) -> None:
+    """Killed inside a task that was saved: what is not trained again is in the records all the same."""
+
+    class Late(Watcher):
+        def step(self, step: int, total: int, losses: Any) -> None:
+            self.steps = getattr(self, "steps", 0) + 1
+            if self.steps == 4 + 3:
+                raise KeyboardInterrupt
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    asked = {**ASKED, "save_every": "2"}
+    perdure.run("finetune", "mini-mtil", whole, report_to="jsonl,csv", **asked)
+    with pytest.raises(KeyboardInterrupt):
+        perdure.run("finetune", "mini-mtil", broken, watcher=Late(), report_to="jsonl,csv", **asked)
+    assert list(broken.glob("begun_task_02_*"))
+    launch.resume(broken, report_to="jsonl,csv")
+    assert timeless(records(broken)) == timeless(records(whole))
+    lines, others = ([row for row in table(f) if row[5] not in OF_TIME] for f in (whole, broken))
+    assert lines == others
+    assert all(
+        record.get("images_per_second", 0) < 1e5 for record in records(broken)
+    )  # what was only told has no speed
 
 
 def timeless(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ import typer
 
 from perdure import __version__
 from perdure.cli import analysing, comparing, data, learner, lists, results, runs, serving, sweeping
+from perdure.core import processes
 from perdure.core.errors import PerdureError
-from perdure.core.processes import speaks
 from perdure.terminal import plain_characters, plain_warnings
 
 # What typer raises for wrong words, whether it stands on click or brings it: BadParameter, UsageError, ClickException.
@@ -64,7 +64,7 @@ def plainly() -> Iterator[None]:
             )
     else:
         return
-    if speaks():
+    if processes.speaks():
         print(f"Error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -76,6 +76,8 @@ def main() -> None:
     with plainly():
         try:
             code = app(standalone_mode=False)
+            if not code:
+                processes.leave()
         except (typer.Abort, KeyboardInterrupt):
             code = 130
     raise SystemExit(code or 0)

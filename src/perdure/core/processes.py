@@ -118,6 +118,15 @@ def join() -> str:
     return ""
 
 
+def leave() -> None:
+    """Part from the others when all is done: whoever ends first must not take away what another still waits on."""
+    if here.count > 1:
+        import torch.distributed as dist
+
+        barrier()
+        dist.destroy_process_group()
+
+
 LONELY = (
     "accelerate launch started this process alone: on processors it starts several over MPI only (--mpirun_hostfile). Without, "
     "use: torchrun --nproc_per_node N -m perdure run …"

@@ -8,6 +8,7 @@ all; then the file of the save before it goes.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -23,6 +24,7 @@ from perdure.core import processes, stopping
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.state import inside, write_json
 from perdure.core.tensors import read_tensors, write_tensors
+from perdure.data.context import silent
 from perdure.engine.checkpoint import free_name, read_record, seal
 from perdure.training.progress import Keeper, Place, Saver, Snapshot
 
@@ -72,8 +74,8 @@ class Steps:
         self.read()
         self.began = self.saved = time.monotonic()  # no clock that can be set
 
-    def training(self, name: str) -> Saver:
-        """Who keeps the next training of the task."""
+    def training(self, name: str, told: Callable[[Place], None] = silent) -> Saver:
+        """Who keeps the next training of the task; ``told`` hears of what an earlier process had done of it."""
         key, self.count = str(self.count), self.count + 1
         found = self.snapshot(key, name)
 
@@ -86,7 +88,7 @@ class Steps:
                 return place.step % self.every.steps == 0
             return bool(self.every.seconds) and time.monotonic() - self.saved >= self.every.seconds
 
-        return Keeper(found, due, lambda snapshot: self.keep(key, name, snapshot))
+        return Keeper(found, due, lambda snapshot: self.keep(key, name, snapshot), told)
 
     def keep(self, key: str, name: str, snapshot: Snapshot) -> None:
         """Save; where the disk refuses, the training goes on. A process that was asked to stop does so now."""
@@ -110,7 +112,8 @@ class Steps:
         tensors = {f"{file}{INSIDE}{n}": t for file, own in snapshot.files.items() for n, t in own.items()}
         try:
             sha256, size = write_tensors(path, tensors)
-            about = {"name": name, "step": snapshot.step, "last": snapshot.last, "values": snapshot.values}
+            values = json.loads(json.dumps(snapshot.values))  # as they are now: a later save writes them again
+            about = {"name": name, "step": snapshot.step, "last": snapshot.last, "values": values}
             entries = {**self.entries, key: {**about, "path": path.name, "sha256": sha256, "bytes": size}}
             seconds = round(self.spent + time.monotonic() - self.began, 3)
             record = {"config": self.ours[0], "after": self.after, "seconds": seconds, "trainings": entries}

@@ -16,7 +16,7 @@ from perdure.engine.steps import Steps
 from perdure.engine.watcher import Watcher
 from perdure.methods.base import Method
 from perdure.training.fit import Losses, OnStep, Stepper, fit, optimise
-from perdure.training.progress import NOTHING_KEPT, Saver
+from perdure.training.progress import NOTHING_KEPT, Place, Saver
 from perdure.training.schedule import Schedule
 
 
@@ -55,12 +55,15 @@ class Teacher:
         material = method.material(task)
         method.begin_task(material)
         s = self.settings
-        heard = self.told(task.name, lambda: method.schedule(material).over(len(material.train)), self.stepped)
+
+        def plan() -> Schedule:
+            return method.schedule(material).over(len(material.train))
+
+        heard, saver = self.told(task.name, plan, self.stepped), self.saver(task.name, plan)
         with stopping.held(working=True):
             losses = fit(
-                method, material, generator, clip.size, clip.device, s.precision, heard, workers=s.workers,
-                saver=self.saver(task.name),
-            )  # fmt: skip
+                method, material, generator, clip.size, clip.device, s.precision, heard, workers=s.workers, saver=saver
+            )
         if losses.steps:
             clip.trained(f"trained {task.name}", method.parameters().values())
         return losses
@@ -75,7 +78,7 @@ class Teacher:
 
     def train(self, learner: Stepper, schedule: Schedule, draws: Iterator[Batch], name: str) -> Losses:
         """What a method is lent for a phase of its own: the run's device, precision and progress, and a place in the record."""
-        device, saver = self.method.clip.device, self.saver(name)
+        device, saver = self.method.clip.device, self.saver(name, lambda: schedule)
         heard = self.told(name, lambda: schedule, self.watcher.step)
         with stopping.held(working=True):
             for _ in range(saver.begin(learner)):
@@ -96,6 +99,11 @@ class Teacher:
 
         return step
 
-    def saver(self, name: str) -> Saver:
-        """Who keeps the next training of the task."""
-        return self.steps.training(name) if self.steps else NOTHING_KEPT
+    def saver(self, name: str, schedule: Callable[[], Schedule]) -> Saver:
+        """Who keeps the next training of the task; the watcher hears of what an earlier process had done of it."""
+
+        def taken_up(place: Place) -> None:
+            self.watcher.trains(name, schedule())
+            self.watcher.took_up(place.record)
+
+        return self.steps.training(name, taken_up) if self.steps else NOTHING_KEPT

@@ -25,6 +25,9 @@ class Watcher:
     def trains(self, name: str, schedule: Schedule) -> None:
         """Steps under this schedule are told from now on: of the task ``name``, or of a method's phase of that name."""
 
+    def took_up(self, record: Sequence[Mapping[str, Tensor]]) -> None:
+        """The first steps of the training that ``trains`` has told of were taken by an earlier process: the losses of each."""
+
     def step(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
         """A training step is done."""
 
@@ -60,6 +63,10 @@ class Watchers(Watcher):
     def trains(self, name: str, schedule: Schedule) -> None:
         for watcher in self.watchers:
             watcher.trains(name, schedule)
+
+    def took_up(self, record: Sequence[Mapping[str, Tensor]]) -> None:
+        for watcher in self.watchers:
+            watcher.took_up(record)
 
     def step(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
         for watcher in self.watchers:

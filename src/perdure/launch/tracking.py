@@ -74,6 +74,10 @@ class Tracking(Silent):
         self.tell()
         self.plan, self.phase, self.since = schedule, "" if name == self.task else f"{name}/", 0.0
 
+    def took_up(self, record: Sequence[Mapping[str, Tensor]]) -> None:
+        self.waiting += [(step, dict(losses)) for step, losses in enumerate(record, 1)]
+        self.tell()
+
     def step(self, step: int, total: int, losses: Mapping[str, Tensor]) -> None:
         self.waiting.append((step, dict(losses)))
         if len(self.waiting) == LOOK or not self.since:

@@ -72,13 +72,14 @@ NOTHING_KEPT = Saver()
 
 
 class Keeper(Saver):
-    """Takes a snapshot whenever one is due. ``found``: the one to go on from; ``due(place)``: whether to take one now;
-    ``keep``: where it goes."""
+    """Takes a snapshot whenever one is due. ``found``: the one to go on from, of which ``told`` hears when it is taken up;
+    ``due(place)``: whether to take one now; ``keep``: where it goes."""
 
     def __init__(
         self, found: Snapshot | None, due: Callable[[Place], bool], keep: Callable[[Snapshot], None],
+        told: Callable[[Place], None],
     ):  # fmt: skip
-        self.found, self.due, self.keep = found, due, keep
+        self.found, self.due, self.keep, self.told = found, due, keep, told
         self.origin: Tensor | None = None  # the state of the draws' generator when the round began
 
     def begin(self, learner: Holds, generator: torch.Generator | None = None) -> int:
@@ -105,7 +106,9 @@ class Keeper(Saver):
         set_random_states(found.files["random"])
         device = next(iter(parameters.values())).device
         record = unpack_record(found.files.get("losses", {}), found.values["losses"], found.step, device)
-        return Place(found.step, found.last, found.values["reached"], record)
+        place = Place(found.step, found.last, found.values["reached"], record)
+        self.told(place)
+        return place
 
     def stepped(self, place: Place) -> None:
         if not self.due(place):

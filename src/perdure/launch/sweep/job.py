@@ -51,7 +51,7 @@ def work(folder: str, report_to: str = "") -> str:
             resume(run, ears, report_to=report_to)
         except PerdureError as error:
             return str(error)
-        except Exception:
+        except Exception:  # whatever it is: it is raised again
             log.write(traceback.format_exc())
             raise
     return ""
