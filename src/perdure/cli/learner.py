@@ -78,15 +78,8 @@ def learn(
         method = UNLABELLED  # whose options are given with it
     screen = Screen(console(), str(home))
     learner = Learner(
-        home,
-        model=model,
-        method=method,
-        probe=probe,
-        keep=keep.value if keep else None,
-        seed=seed,
-        watcher=screen,
-        **given,
-    )
+        home, model=model, method=method, probe=probe, keep=keep.value if keep else None, seed=seed, watcher=screen, **given
+    )  # fmt: skip
     try:
         with screen:
             outcomes = learner.learn(pictures, name=name, max_loss=max_loss, dry_run=dry_run, unlabelled=unlabelled)

@@ -99,8 +99,7 @@ class Config(Compensation, Recipe):
 
 @dataclass
 class Learned(State):
-    """The epochs that the gap allows (0: not known yet), the changes seen epoch by epoch, and the head; where A is to be
-    frozen, A before the first task."""
+    """The epochs that the gap allows (0: not known yet), the changes seen by epoch, the head, and A before the first task."""
 
     epochs: int = 0
     changes: list[float] = field(default_factory=list)
@@ -127,11 +126,9 @@ class MGCLIP(Method):
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
-        c = self.config
-        if c.freeze_A:
+        if self.config.freeze_A:
             self.freeze()
-        self.by_epochs = not c.iterations
-        self.per_epoch = -(-len(task.train) // c.batch_size)
+        self.per_epoch = -(-len(task.train) // self.config.batch_size)
         if self.searching:
             self.task, self.state.changes = task, []
             self.initial = {n: p.detach().clone() for n, p in self.parameters().items()}
@@ -139,7 +136,7 @@ class MGCLIP(Method):
 
     @property
     def searching(self) -> bool:
-        return self.by_epochs and not self.config.epochs and not self.state.epochs
+        return not (self.config.iterations or self.config.epochs or self.state.epochs)
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -168,7 +165,7 @@ class MGCLIP(Method):
     def schedule(self, task: Task) -> Schedule:
         c = self.config
         plan = replace(super().schedule(task), augment=c.augment, stride=1, milestones=c.milestones)
-        if not self.by_epochs:
+        if c.iterations:
             return replace(plan, steps=c.iterations * task.parts)
         epochs = c.most_epochs if self.searching else c.epochs or self.state.epochs
         return replace(plan, steps=0, warmup=0, floor=0.01, epochs=epochs).over(len(task.train))

@@ -35,13 +35,12 @@ from torch import Tensor, nn
 from perdure.core import processes
 from perdure.core.errors import PerdureError
 from perdure.core.packing import Packed
-from perdure.core.paths import expanded
-from perdure.data.files import Files, Pixels
-from perdure.data.folders import pictures
+from perdure.data.files import Pixels
 from perdure.data.task import Batch, Context, Query, Task
 from perdure.methods.base import Expert, Method, State, Training, register
 from perdure.models.clip import CLIP
 from perdure.models.experts import attach
+from perdure.synthesis.reference import strangers
 from perdure.synthesis.replay import Replay, Synthesis
 from perdure.training.fit import Backward
 from perdure.training.schedule import Schedule
@@ -110,7 +109,7 @@ class MoEAdapters(Method):
             mixture.noisy = c.test_noise
         self.selector = Selector(c, clip, self.state, self.context.seed, self.train)
         self.said: dict[str, float] = {}
-        self.strangers = self.reference_set()
+        self.strangers = None if c.routers == "one" else strangers(c, self.context, clip)
 
     def modules(self) -> Mapping[str, nn.Module]:
         return self.mixtures
@@ -226,19 +225,6 @@ class MoEAdapters(Method):
                 for number, count in enumerate(chosen.bincount(minlength=len(names)).tolist()):
                     if count:
                         self.said[f"{task.name} to {names[number]}, %"] = 100 * count / len(held)
-
-    def reference_set(self) -> Replay | Files | None:
-        """What the reference set is drawn by, or its pictures; None: there is none."""
-        c = self.config
-        drawable = bool(self.context.generator) or c.generator != "stream"
-        if c.routers == "one" or c.reference == "none" or (c.reference == "auto" and not drawable):
-            return None
-        if c.reference in ("auto", "synthetic"):
-            return Replay(c, self.context, self.clip.size, self.clip.device.type, self.clip.tokens)
-        folder = expanded(c.reference)
-        if not folder.is_dir():
-            raise PerdureError(f"reference={c.reference}: no such folder. Known: auto, synthetic, none, or a folder.")
-        return Files(tuple(pictures(folder)), self.clip.size)
 
     def reference_images(self) -> Pixels | None:
         """The reference set's images, drawn where they are."""

@@ -46,9 +46,7 @@ from perdure.training.schedule import Schedule
 class Alignment(HeadOptions):
     """What counts where only the answer role is played."""
 
-    on: Annotated[Literal["pretrained", "drifting"], Field(description="the weights whose features it stands on")] = (
-        "drifting"
-    )
+    on: Annotated[Literal["pretrained", "drifting"], Field(description="the weights it stands on")] = "drifting"
     lr: Annotated[float, Field(ge=0, description="of the heads, by SGD")] = 0.01
     epochs: Annotated[int, Field(ge=0, le=10**6, description="passes over a task")] = 20
     batch_size: Annotated[int, Field(ge=1, le=10**6, description="images a step")] = 128

@@ -53,9 +53,7 @@ class TwoTowers(Logits, Held):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.revision = ""  # of a Hub id: the commit it was loaded from
         self.note = ""  # what someone should know of how it was loaded
-        self.files: tuple[Path, list[tuple[str, int, int]]] | None = (
-            None  # where it was loaded from, and as what they were
-        )
+        self.files: tuple[Path, list[tuple[str, int, int]]] | None = None  # where they lay, and as what
         self.accumulate = 1  # parts that a batch is cut into where gradients are wanted
         self.evaluation_batch = 256  # images at a time where none are
         self._texts: dict[tuple[tuple[str, ...], ...], Tensor] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -151,3 +151,17 @@ def random_sentences(clip: CLIP, count: int, seed: int) -> Tensor:
     inside = torch.randint(text.vocab_size, (count, words), generator=draws)
     ends = [torch.full((count, 1), token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
     return torch.cat([ends[0], inside, ends[1]], 1).to(clip.device)
+
+
+def strangers(config: Any, context: Context, clip: CLIP) -> Replay | Files | None:
+    """What images of no task are drawn by, or pictures of them (``config.reference``: auto, synthetic, none, or a folder);
+    None: there are none. ``PerdureError`` where the folder is not there."""
+    drawable = bool(context.generator) or config.generator != "stream"
+    if config.reference == "none" or (config.reference == "auto" and not drawable):
+        return None
+    if config.reference in ("auto", "synthetic"):
+        return Replay(config, context, clip.size, clip.device.type, clip.tokens)
+    folder = expanded(config.reference)
+    if not folder.is_dir():
+        raise PerdureError(f"reference={config.reference}: no such folder. Known: auto, synthetic, none, or a folder.")
+    return Files(tuple(pictures(folder)), clip.size)
