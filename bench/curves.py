@@ -16,19 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from perdure import launch
 from perdure.benchmarks import mini
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.seeding import reseed
 from perdure.data.task import Query, Stream, Task
-from perdure.engine.settings import Settings
+from perdure.engine.settings import Settings, opened
 from perdure.engine.teach import Teacher
 from perdure.engine.watcher import Watcher
 from perdure.methods.base import Method
-from perdure.models.clip import CLIP
 from perdure.synthesis.store import collect
 
 SEED, TASKS, SHOTS, STEPS, ASKED, PAIRS = 3, ("digits", "animals"), 2, 5, 3, 16
@@ -86,16 +83,17 @@ def drawings(folder: Path) -> None:
     collect(folder, images.pixels, [task.prompts()[k] for k in images.labels.tolist()], "mini-cil")
 
 
-def curve(name: str) -> Curve:
-    """The numbers of one method. The process is left as it was."""
+def curve(name: str, watcher: Watcher | None = None, **how: Any) -> Curve:
+    """The numbers of one method. ``watcher`` hears of its steps; ``how``: settings of a run, of where and in what precision it
+    is computed. The process is left as it was."""
     stream = short()
     with undisturbed(), tempfile.TemporaryDirectory() as folder:
-        torch.set_num_threads(1)
-        clip = CLIP.load(str(mini.MODEL))
+        settings = Settings(**{"precision": "fp32", "device": "cpu", "threads": 1, "workers": 0, **how})
+        settings.take_effect()
+        clip = opened(settings, str(mini.MODEL))
         drawings(Path(folder) / "pairs")
         method, out = made(name), Curve(losses={}, phases={}, logits={})
-        settings = Settings(precision="fp32", device="cpu", threads=1, workers=0)
-        teacher = Teacher(method, SEED, settings, Watcher())
+        teacher = Teacher(method, SEED, settings, watcher or Watcher())
         reseed(SEED, "bind")
         method.bind(clip, stream.context(SEED, Path(folder)))
         method.lend(teacher.train)

@@ -61,7 +61,8 @@ def checkpoint(name: str, folder: Path) -> Path:
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=split, bos_token="<start>", eos_token="<end>", pad_token="<pad>", unk_token="<unk>"
     ).save_pretrained(beside)
-    numbers = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 224, "width": 224}}
+    side = about["vision"].get("image_size", 224)
+    numbers = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": side, "width": side}}
     (beside / "preprocessor_config.json").write_text(json.dumps(numbers))
     os.replace(beside, place)
     return place

@@ -6,8 +6,9 @@
 Models have random weights and their published shapes; each is written once as a checkpoint (``--checkpoints``) and loaded
 as any other. Every cell of the table is measured in a process of its own, so that its peak memory is its own, and stands in a
 file of JSON lines (``--out``) as soon as it is done: what stands there is not measured again, whatever broke off. ``condu``
-learns as ``finetune`` does. The share of the peak is the arithmetic that a step needs (what is computed twice counts once)
-over its seconds, against a 2048³ product in the same precision. Evaluation and features are fp32, as in a run.
+learns as ``finetune`` does. The share of the peak is the arithmetic of a step over its seconds, against a 2048³ product in the
+same precision (``--device cuda``: 8192³); with savings, which compute things twice, there is none. Evaluation and features
+are fp32, as in a run.
 """
 
 from __future__ import annotations
@@ -16,34 +17,27 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from gift_step import Given, product
 from random_models import MODELS, checkpoint
+from step_costs import Cell, classes, costs, drawn, forget, now, training
 from torch.utils.flop_counter import FlopCounterMode
 
 from perdure import launch
 from perdure.core.errors import PerdureError
-from perdure.core.precision import precision_of
-from perdure.data.task import Batch, Class, Images, Query, Task
-from perdure.engine.environment import forget_peak_memory, peak_memory_mb
-from perdure.methods.base import Method
+from perdure.core.precision import HALF, precision_of
+from perdure.data.task import Query
 from perdure.models.clip import CLIP
-from perdure.models.recompute import by_blocks
-from perdure.synthesis.store import Pairs
-from perdure.training.fit import Accumulator, fit
 
 TRAINED = ("finetune", "finetune_lora", "gift", "mg_clip")
 LOOKED_AT = {"ridge": {}, "ridge_patches": {"block": 2, "grid": 2}}  # what is asked of the image tower
+ROWS = tuple(entry.name for entry in launch.methods() if "role" not in entry.about)
 SAVINGS = ("none", "checkpointing", "parts", "both")
 CLASSES = 400  # of an evaluation
-Cell = dict[str, Any]
 
 
 # ---- one cell, in a process of its own
@@ -51,65 +45,11 @@ Cell = dict[str, Any]
 
 def measured(cell: Cell, place: str) -> dict[str, float]:
     """What a cell costs. ``PerdureError`` where the model is of a kind that perdure does not load."""
-    clip = CLIP.load(place)
+    if cell["method"] not in (*LOOKED_AT, "evaluation"):
+        return training(place, cell)
+    clip = CLIP.load(place, cell.get("device", "cpu"))
     clip.evaluation_batch = cell["batch"]
-    if cell["method"] in TRAINED:
-        return training(clip, cell)
     return evaluation(clip, cell) if cell["method"] == "evaluation" else features(clip, cell)
-
-
-def drawn(count: int, size: int) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-
-
-def classes(count: int) -> tuple[Class, ...]:
-    return tuple(Class(f"class {k}", ("a photo of a {}, of some kind.",)) for k in range(count))
-
-
-def training(clip: CLIP, cell: Cell) -> dict[str, float]:
-    """The median of the steps after a first one."""
-    batch = cell["batch"]
-    images = Images(drawn(max(batch, 4), clip.size), torch.arange(max(batch, 4)) % cell["classes"])
-    task = Task("bench", classes(cell["classes"]), images, images)
-    about = launch.method_options(launch.method_entry(cell["method"]))
-    values = {key: option.default for key, (_, option) in about.items()}
-    asked = dict(iterations=cell["steps"] + 1, warmup=0, batch_size=batch, synthetic_batch=batch, generator="none")
-    values |= {key: value for key, value in asked.items() if key in values} | {"lr": 1e-6}
-    if cell["method"] == "gift":
-        values |= {"vocabulary": "imagenet"}
-    method = launch.build(cell["method"], values)
-    method.bind(clip)
-    if cell["method"] == "gift":  # each text is that of its pair alone
-        method.replay = Given(Pairs(images.pixels, [f"a photo of a thing {k}." for k in range(len(images))]))  # type: ignore[attr-defined]
-    method.begin_task(task)
-    work = arithmetic(method, task, batch)
-    if cell["saving"] in ("checkpointing", "both"):
-        by_blocks(clip.backbone)
-    clip.accumulate = cell["parts"] if cell["saving"] in ("parts", "both") else 1
-    forget_peak_memory()
-    method.begin_task(task)
-    stamps = [time.perf_counter()]
-    step = lambda *_: stamps.append(time.perf_counter())  # noqa: E731
-    fit(method, task, torch.Generator().manual_seed(0), clip.size, clip.device, cell["precision"], step)
-    seconds = statistics.median(b - a for a, b in itertools.pairwise(stamps[1:]))
-    return costs(seconds, work, cell["precision"])
-
-
-def arithmetic(method: Method, task: Task, batch: int) -> float:
-    """Floating-point operations of a step, forward and backward: a share that is the same whatever the batch, and one an
-    image, from steps of 2 and of 4 images with all activations kept."""
-
-    def counted(few: int) -> float:
-        method.order = iter([torch.arange(few)])  # type: ignore[attr-defined]
-        some = Batch(task.train.pixels[:few] / 255, task.train.labels[:few])
-        with FlopCounterMode(display=False) as counter:
-            method.step(some, Accumulator(method.parameters(), {}))
-        for parameter in method.parameters().values():
-            parameter.grad = None
-        return float(counter.get_total_flops())
-
-    two, four = counted(2), counted(4)
-    return two + (four - two) / 2 * (batch - 2)
 
 
 def features(clip: CLIP, cell: Cell) -> dict[str, float]:
@@ -123,9 +63,9 @@ def evaluation(clip: CLIP, cell: Cell) -> dict[str, float]:
     pixels, names = drawn(cell["images"], clip.size), classes(CLASSES)
     method = launch.build("zero_shot", {})
     method.bind(clip)
-    start = time.perf_counter()
+    start = now(clip.device)
     clip.class_texts([one.prompts() for one in names])
-    texts = time.perf_counter() - start
+    texts = now(clip.device) - start
     return {**looking(clip, cell, lambda count: method.answer([Query(pixels[:count], names)]), 1), "texts": texts}
 
 
@@ -134,16 +74,11 @@ def looking(clip: CLIP, cell: Cell, look: Any, count: int) -> dict[str, float]:
     with FlopCounterMode(display=False) as counter:
         look(1)
     look(min(cell["batch"], cell["images"]))
-    forget_peak_memory()
-    start = time.perf_counter()
+    forget(clip.device)
+    start = now(clip.device)
     look(cell["images"])
-    seconds = (time.perf_counter() - start) / cell["images"] * count
-    return costs(seconds, counter.get_total_flops() * count, "fp32")
-
-
-def costs(seconds: float, work: float, precision: str) -> dict[str, float]:
-    peak = peak_memory_mb()  # before the product
-    return {"seconds": seconds, "peak_mb": peak, "gflop": work / 1e9, "peak_gflop_s": product(precision)}
+    seconds = (now(clip.device) - start) / cell["images"] * count
+    return costs(seconds, counter.get_total_flops() * count, "fp32", clip.device)
 
 
 # ---- the table
@@ -154,7 +89,8 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     out = []
     for model, method in itertools.product(options.models, options.methods):
         base = {"model": model, "method": method, "batch": options.batch, "threads": torch.get_num_threads()}
-        if method not in TRAINED:
+        base |= {"device": options.device} if options.device != "cpu" else {}
+        if method in (*LOOKED_AT, "evaluation"):
             out.append({**base, "precision": "fp32", "saving": "none", "images": options.images})
             continue
         for precision, saving in itertools.product(options.precisions, options.savings):
@@ -195,24 +131,25 @@ def table(done: list[tuple[Cell, dict[str, float]]]) -> str:
     ]
     for cell, cost in done:
         time_of = {"evaluation": f"{1 / cost['seconds']:.2f} pictures/s, texts {cost.get('texts', 0):.1f} s"}
-        took = time_of.get(
-            cell["method"], f"{cost['seconds']:.2f} s " + ("a step" if cell["method"] in TRAINED else "for 1,000")
-        )
-        share = cost["gflop"] / cost["seconds"] / cost["peak_gflop_s"]
+        time_of |= dict.fromkeys(LOOKED_AT, f"{cost['seconds']:.2f} s for 1,000")
+        took = time_of.get(cell["method"], f"{cost['seconds']:.2f} s a step")
+        share = f"{cost['gflop'] / cost['seconds'] / cost['peak_gflop_s']:.0%}" if cell["saving"] == "none" else "–"
         saving = cell["saving"] + (f" ({cell['parts']})" if cell.get("parts", 1) > 1 else "")
         lines.append(
             f"| {cell['model']} | {cell['method']} | {cell['precision']} | {cell['batch']} | {saving} | {took} | "
-            f"{cost['peak_mb'] / 1000:.2f} GB | {share:.0%} |"
+            f"{cost['peak_mb'] / 1000:.2f} GB | {share} |"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    methods, native = (*TRAINED, *LOOKED_AT, "evaluation"), precision_of("auto", "cpu") == "bf16"
+    usual, native = (*TRAINED, *LOOKED_AT, "evaluation"), precision_of("auto", "cpu") == "bf16"
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["vit-b-16"])
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"][: 1 + native])
+    parser.add_argument("--methods", nargs="+", choices=[*ROWS, "evaluation"], default=usual, metavar="METHOD")
+    precisions = ("fp32", *HALF)
+    parser.add_argument("--precisions", nargs="+", choices=precisions, default=["fp32", "bf16"][: 1 + native])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--savings", nargs="+", choices=SAVINGS, default=["none", "both"])
     parser.add_argument("--batch", type=int, default=8, help="images a step, and as many pairs; images at a time")
     parser.add_argument("--parts", type=int, default=4, help="accumulate, where parts are the saving")

@@ -1,4 +1,5 @@
-"""Executes the examples of README.md and docs/*.md: every ```sh and ```python block, a page in a fresh folder of its own.
+"""Executes the examples of README.md and docs/*.md: every ```sh and ```python block, a page in a fresh folder of its own, where
+bench, proofs, recipes and studies lie as in the sources.
 
     python docs/check.py [PAGE ...] [--jobs 2]
 
@@ -33,6 +34,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = re.compile(r"<!-- docs-check: (\w+):? ?(.*?) -->")
+SOURCES = ("bench", "proofs", "recipes", "studies")
 KINDS = ("skip", "without", "short", "prints", "fails", "file", "pictures")
 CLASSES, EACH = 4, 12  # of a task's drawings
 
@@ -154,6 +156,8 @@ def check(page: Path, stop: threading.Event | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="docs-check-") as scratch:
         folder = Path(scratch) / "here"
         folder.mkdir()
+        for name in SOURCES:
+            (folder / name).symlink_to(ROOT / name)
         env = environment(Path(scratch) / "tools")
         for block in found:
             if stop is not None and stop.is_set():

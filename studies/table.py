@@ -17,7 +17,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,19 @@ HELD_OUT = Path(__file__).with_name("held_out.py")
 BEGIN, END = "<!-- made by studies/table.py: begin -->", "<!-- end -->"
 PARTS = ("rates", "runs", "page")
 FACTORS = (1 / 3, 1.0, 3.0)
+HOW = {"precision": "bf16"}  # of training; answers, and all that is solved, are fp32
+HIDDEN, KNOWN = "order I, task hidden", "order I"
 # column → stream and settings
 COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "order I": ("mini-mtil", {}),
+    KNOWN: ("mini-mtil", {}),
     "class-incremental": ("mini-cil", {}),
     "all names, 16 shots": ("mini-xtail", {}),
     "5 shots": ("mini-mtil", {"shots": 5}),
     "order II": ("mini-mtil-2", {}),
-    "order I, task hidden": ("mini-mtil", {"task_id": "hidden"}),
+    HIDDEN: ("mini-mtil", {"task_id": "hidden"}),
 }
 NO_ROW, NO_RATE = ("merge",), ("zero_shot", "ncm")  # a fuse role, for combinations; nothing is trained
+ASKS_TASK = ("individual", "condu", "moe_adapters")  # parts of names of methods that answer by the task
 NEEDS = {  # by what a method's name holds
     "gift": "a text-to-image model", "zscl": "reference images and texts", "lwf_vr": "sentences", "icarl": "old images",
     "individual": "the task's identity", "condu": "votes, or the task's identity", "joint": "all tasks at once",
@@ -50,11 +53,13 @@ NEEDS = {  # by what a method's name holds
 def rows(wanted: Iterable[str]) -> list[str]:
     """The methods that are asked for, or all; references first, then by name."""
     known = [entry.name for entry in launch.methods() if entry.name not in NO_ROW]
-    order = [name for name in ("zero_shot", "finetune", "joint", "individual") if name in known]
+    first: list[str] = ["zero_shot", "finetune", "joint", "individual"]
+    order = [name for name in first if name in known]
     named = list(wanted)
     if strange := sorted(set(named) - set(known)):
         raise SystemExit(f"There is no method {', '.join(strange)}. There are: {', '.join(known)}.")
-    return [name for name in [*order, *(n for n in known if n not in order)] if not named or name in named]
+    order += sorted((n for n in known if n not in order), key=lambda name: "+" in name)  # combinations at the end
+    return [name for name in order if not named or name in named]
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -80,6 +85,22 @@ def ran(folder: Path, method: str, stream: str, seed: int, values: Mapping[str, 
     return metrics
 
 
+def each(do_one: Callable[[Any], None], jobs: Iterable[Any], at_a_time: int) -> None:
+    """Do all jobs; those that fail are named when the others are done."""
+    failed = []
+
+    def tried(job: Any) -> None:
+        try:
+            do_one(job)
+        except SystemExit as problem:
+            failed.append(f"{job}: {problem}")
+
+    with ThreadPoolExecutor(at_a_time) as pool:
+        list(pool.map(tried, jobs))
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
 def default_rate(method: str) -> float | None:
     """The small world's learning rate of a method that trains; else None."""
     rate = method not in NO_RATE and launch.configure(method, "mini-mtil", 0, {}, {})[0]["options"].get("lr")
@@ -92,7 +113,7 @@ def rates(asked: argparse.Namespace) -> None:
     jobs = [
         (method, factor, rate * factor)
         for method in rows(asked.methods)
-        if (rate := default_rate(method)) is not None
+        if "+" not in method and (rate := default_rate(method)) is not None
         for factor in FACTORS
         if (method, factor) not in done
     ]
@@ -100,16 +121,16 @@ def rates(asked: argparse.Namespace) -> None:
     def one(job: tuple[str, float, float]) -> None:
         method, factor, lr = job
         folder = asked.runs / f"rate {factor:.2f} of {method}"
-        metrics = ran(folder, method, str(HELD_OUT), 0, {"lr": lr, "threads": asked.threads})
+        metrics = ran(folder, method, str(HELD_OUT), 0, {**HOW, "lr": lr, "threads": asked.threads})
         note(path, {"method": method, "factor": factor, "lr": lr, "average": metrics["average"]})
 
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        list(pool.map(one, jobs))
+    each(one, jobs, asked.jobs)
 
 
 def chosen(method: str, path: Path) -> dict[str, float]:
-    """The rate that was best on what was held out; of equals the smallest. Nothing where none was tried."""
-    tried = [one for one in lines(path) if one["method"] == method]
+    """The rate that was best on what was held out; of equals the smallest. Nothing where none was tried. A combination takes
+    that of the method that learns in it."""
+    tried = [one for one in lines(path) if one["method"] == method.partition("+")[0]]
     best = max(tried, key=lambda one: (one["average"], -one["lr"]), default=None)
     return {"lr": best["lr"]} if best and len(tried) == len(FACTORS) else {}
 
@@ -127,17 +148,19 @@ def runs(asked: argparse.Namespace) -> None:
 
     def one(job: tuple[str, str, int]) -> None:
         method, column, seed = job
+        if column == HIDDEN and not any(part in method for part in ASKS_TASK):
+            same = [x for x in lines(path) if (x["method"], x["column"], x["seed"]) == (method, KNOWN, seed)]
+            return note(path, {**same[0], "column": HIDDEN}) if same else print(f"left for later: {method}, {column}")
         stream, values = COLUMNS[column]
         own = chosen(method, asked.out / "rates.jsonl")
         if not own and default_rate(method) is not None:
             print(f"left for later: {method}, whose rate is not chosen yet (rates)")
             return
         folder = asked.runs / f"{method}, {column}, {seed}"
-        metrics = ran(folder, method, stream, seed, {**values, **own, "threads": asked.threads})
+        metrics = ran(folder, method, stream, seed, {**HOW, **values, **own, "threads": asked.threads})
         note(path, {"method": method, "column": column, "seed": seed, **own, **figures(metrics)})
 
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        list(pool.map(one, jobs))
+    each(one, jobs, asked.jobs)
 
 
 def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +189,8 @@ def page(asked: argparse.Namespace) -> None:
             ("parameters", 1, ",.0f"),
             ("bytes", 1e6, ".1f"),
         ):
-            cells.append(format(sum(one[name] for one in first) / len(first) / scale, form) if first else "–")
+            known = [one[name] for one in first if one[name] is not None]
+            cells.append(format(sum(known) / len(known) / scale, form) if known else "–")
         cells.append(next((what for part, what in NEEDS.items() if part in method), ""))
         out.append(f"| `{method}` | {' | '.join(cells)} |")
     path = asked.out.with_suffix(".md")
@@ -183,7 +207,8 @@ def cell(found: list[dict[str, Any]], column: str) -> str:
         if column == "class-incremental"
         else ("transfer", "average", "last")
     )
-    text = " / ".join(spread([one[name] for one in found]) for name in names)
+    known = {name: [one[name] for one in found if one[name] is not None] for name in names}
+    text = " / ".join(spread(values) if values else "–" for values in known.values())
     interval = found[0]["intervals"].get(names[-1])
     return f"{text} ({interval[0]:.1f} to {interval[1]:.1f})" if len(found) == 1 and interval else text
 

@@ -19,9 +19,11 @@ from perdure.core import packing
 from perdure.core.errors import DamagedFile
 from perdure.core.packing import Frozen, frozen_files, pack, unpack
 from perdure.core.tensors import Onto, Stored, write_tensors
+from perdure.data.task import Task
 from perdure.engine.checkpoint import read_task
 from perdure.engine.watcher import Watcher
 from perdure.methods.finetune import Experts
+from perdure.methods.merge import Merge
 from perdure.models.clip import CLIP
 
 QUICK: dict[str, Any] = {**SHORT, "tasks": 2, "iterations": 2, "threads": 1}
@@ -33,6 +35,15 @@ class Ear(Watcher):
 
     def warn(self, text: str) -> None:
         self.heard.append(text)
+
+
+class Stop(Watcher):
+    def __init__(self, before: int) -> None:
+        self.before = before
+
+    def learns(self, task: str, number: int) -> None:
+        if number == self.before:
+            raise KeyboardInterrupt
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -72,13 +83,8 @@ def test_files_that_the_task_before_has_are_named_again_and_kept_as_long_as_they
     asked = {**QUICK, "tasks": 3, "images": 8}
     perdure.run("individual", "mini-mtil", whole, **{**asked, "keep": "all"})
 
-    class Stop(Watcher):
-        def learns(self, task: str, number: int) -> None:
-            if number == 3:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        perdure.run("individual", "mini-mtil", folder, keep="last", watcher=Stop(), **asked)
+        perdure.run("individual", "mini-mtil", folder, keep="last", watcher=Stop(3), **asked)
     perdure.resume(folder)
     found = {p.name: p.parent.name for p in folder.glob("task_*/expert_*")}
     assert found == {
@@ -136,3 +142,30 @@ def test_a_state_of_frozen_tensors_in_files_comes_back_as_such(frozen: tuple[Fro
     assert frozen_files(values) == {"expert/x"} and frozen_files({"fuse": values}) == {"fuse.expert/x"}
     again = unpack(Experts, files, values)
     assert again.expert["x"] is one and type(again.expert["y"]) is dict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["weight_average", "task_arithmetic", "ties", "magmax"])
+def test_sums_stay_in_the_files_of_the_task_that_made_them(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {**QUICK, "tasks": 3, "images": 8}
+    perdure.run(method, "mini-mtil", tmp_path / "held", **asked)
+    monkeypatch.setattr(packing, "LARGE", 1000)
+    resting, start = list[bool](), Merge.start
+
+    def noted(self: Merge, task: Task) -> None:
+        resting.extend(isinstance(one, Frozen) and one.file is not None for one in self.state.sums.values())
+        start(self, task)
+
+    monkeypatch.setattr(Merge, "start", noted)
+
+    with pytest.raises(KeyboardInterrupt):
+        perdure.run(method, "mini-mtil", tmp_path / "lean", keep="last", watcher=Stop(3), **asked)
+    perdure.resume(tmp_path / "lean")
+    assert resting and all(resting)
+    names = sorted(p.name for p in tmp_path.glob("lean/task_*/*sums_*"))
+    assert names and all("-3." in name for name in names)  # those of the tasks before are gone
+    assert outcome(tmp_path / "lean")["accuracy"] == outcome(tmp_path / "held")["accuracy"]
+    for path in tmp_path.glob("lean/task_03*/*.safetensors"):
+        assert same_bits(load_file(path), load_file(tmp_path / "held" / path.relative_to(tmp_path / "lean")))

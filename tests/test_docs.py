@@ -52,7 +52,7 @@ def test_what_an_example_does_not_do_is_found(check: ModuleType, text: str, said
 def test_blocks_share_a_folder_and_marks_are_heeded(check: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(
         "<!-- docs-check: file a.txt -->\n```json\n{}\n```\n```sh\nmv a.txt b.txt\n```\n<!-- docs-check: prints {} b.txt -->\n"
-        "```python\nimport os\nprint(open('b.txt').read(), os.listdir()[0])\n```\n```yaml\nnot: read\n```\n"
+        "```python\nimport os\nprint(open('b.txt').read(), sorted(os.listdir())[0])\n```\n```yaml\nnot: read\n```\n"
         "<!-- docs-check: skip: it needs a Hub -->\n```sh\nexit 1\n```\n"
         "<!-- docs-check: without exit: no -->\n```sh\nexit 1\n```\n"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,15 @@ def test_a_run_of_a_folder_is_gone_on_with_from_anywhere(tmp_path: Path, monkeyp
         perdure.resume(out)
 
 
+def test_what_is_held_out_is_said_once(tmp_path: Path) -> None:
+    (digits,) = tasks("digits")
+    write(digits, tmp_path / "mine", 2, 6)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        perdure.run("ridge", str(tmp_path / "mine"), tmp_path / "run", features=32)
+    assert sum("has no split of its own" in str(one.message) for one in heard) == 1
+
+
 def test_a_small_model_for_photographs_is_said(tmp_path: Path) -> None:
     (digits,) = tasks("digits")
     write(digits, tmp_path / "mine", 2, 4)
@@ -104,10 +114,36 @@ def test_names_that_are_no_words_and_shared_classes_are_said(tmp_path: Path) -> 
         load_folder(tmp_path / "s")
     texts = " ".join(str(w.message) for w in heard)
     assert "classes are in several tasks" in texts
+    with pytest.raises(PerdureError, match="'one' is in two steps of s"):  # as that said
+        perdure.run("ridge", str(tmp_path / "s"), tmp_path / "run", labels="seen", features=32)
+    assert not (tmp_path / "run").exists()
     for k, folder in enumerate(sorted((tmp_path / "s" / "a").iterdir())):
         folder.rename(folder.with_name(f"class_0{k}"))
     with pytest.warns(UserWarning, match="is no word that a model could know"):
         load_folder(tmp_path / "s")
+
+
+def test_sides_of_a_folder(tmp_path: Path) -> None:
+    (digits,) = tasks("digits")
+    for side, each in (("train", 4), ("val", 2), ("test", 3)):
+        write(digits, tmp_path / "s" / side, 2, each, "test" if side == "test" else "train")
+    with pytest.warns(UserWarning, match="the folder 'val' is left out: beside train and test"):
+        (task,) = load_folder(tmp_path / "s").tasks
+    assert (len(task.train), len(task.test)) == (8, 6)
+    shutil.rmtree(tmp_path / "s" / "test")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (task,) = load_folder(tmp_path / "s").tasks
+    assert (len(task.train), len(task.test)) == (8, 4)
+    shutil.rmtree(tmp_path / "s" / "val")
+    with pytest.warns(UserWarning, match=r"s has no split of its own: \d of 8 pictures"):  # train alone is none
+        (task,) = load_folder(tmp_path / "s").tasks
+    assert task.name == "s" and [c.name for c in task.classes] == ["one", "zero"]
+    write(digits, tmp_path / "s" / "planes", 2, 4)  # a folder beside it: tasks, one of which is called train
+    assert [t.name for t in load_folder(tmp_path / "s").tasks] == ["planes", "train"]
+    for name in ("train", "plane"):  # or classes
+        shutil.copytree(tmp_path / "s" / "train" / "one", tmp_path / "c" / name)
+    assert [c.name for c in load_folder(tmp_path / "c").tasks[0].classes] == ["plane", "train"]
 
 
 def test_wordnet_ids_are_known_and_a_class_may_have_several_words(tmp_path: Path, clip: CLIP) -> None:

@@ -27,7 +27,7 @@ def two_tasks() -> Stream:
     whole = mini.multi_domain("I")
     named = {t.name: t for t in whole.tasks}
     tasks = tuple(replace(named[name], index=k) for k, name in enumerate(("digits", "letters")))
-    return replace(whole, name="digits, letters", tasks=tasks, defaults={})
+    return replace(whole, name="digits, letters", tasks=tasks, probe=None, defaults={})
 
 
 def settings(method: str) -> dict[str, Any]:

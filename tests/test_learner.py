@@ -403,7 +403,7 @@ def test_where_it_is_computed_is_said_from_case_to_case(
     learned: Path, drawings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int] = []
-    monkeypatch.setattr("perdure.launch.learner.learner.torch.set_num_threads", used.append)
+    monkeypatch.setattr("torch.set_num_threads", used.append)
     mine = torch.get_num_threads()
     learner = Learner(learned, threads=3, gradient_checkpointing=False, evaluation_batch=7)
     learner.predict(drawings / "digits")

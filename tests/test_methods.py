@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHORT
+from conftest import SHORT, same_bits
 from safetensors.torch import load_file
 
 from perdure import launch
@@ -132,8 +132,11 @@ def test_compose_plays_each_role_and_keeps_its_state(clip: CLIP, stream: Stream)
     again.bind(clip)
     again.unpack_state(files, values)
     assert again.fuser.state.count == 2
-    for name, value in method.fuser.state.mean.items():
-        assert torch.equal(value, again.fuser.state.mean[name])
+    for name, value in method.fuser.state.of("mean").items():
+        assert torch.equal(value, again.fuser.state.of("mean")[name])
+    old = {f"mean/{name}": value for name, value in method.fuser.state.of("mean").items()}
+    again.unpack_state({**files, "fuse.state": old}, {**values, "fuse": {"count": 2, "mean": {"keys": list(old)}}})
+    assert same_bits(dict(method.fuser.state.of("mean")), dict(again.fuser.state.of("mean")))  # as runs used to keep it
     query = Query(stream.tasks[0].test.pixels[:4], stream.tasks[0].classes, 0)
     assert method.predict(query).shape == (4, len(stream.tasks[0].classes))
 

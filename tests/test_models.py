@@ -168,7 +168,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(clip: CLIP, 
 
 def test_bf16_that_is_emulated_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert precision_of("auto", "cuda") == "fp32" and precision_of("bf16", "cuda") == "bf16"
+    assert precision_of("auto", "cuda") == "fp16" and precision_of("bf16", "cuda") == "bf16"
 
 
 @pytest.mark.slow

@@ -55,6 +55,34 @@ def test_a_random_split_does_not_hang_on_the_order_of_files(mtil_data: Path, mon
     assert not sides[0] & sides[1]
 
 
+def test_a_split_that_is_kept_stays_whatever_comes_beside_it(tmp_path: Path) -> None:
+    def again() -> str:
+        mtil.load.cache_clear()
+        mtil.mark.cache_clear()
+        return mtil.mark("EuroSAT", tmp_path)
+
+    trees.BUILDERS["EuroSAT"](tmp_path)
+    drawn, home = again(), tmp_path / "eurosat" / "2750" / "Forest"
+    path = mtil.keep("EuroSAT", tmp_path)
+    assert path == tmp_path / "splits" / "EuroSAT.json" and again() == drawn
+    more = home / "Forest_0.jpg"
+    more.write_bytes(next(home.iterdir()).read_bytes())
+    with pytest.warns(UserWarning, match=r"1 pictures are not in .*EuroSAT\.json and are left out"):
+        assert again() == drawn
+    text = path.read_text()
+    path.unlink()
+    assert again() != drawn  # a file more, and others are drawn
+    path.write_text(text.replace('"train"', '"x"').replace('"test"', '"train"').replace('"x"', '"test"'))
+    with pytest.raises(DamagedFile, match="was changed since it was written"):
+        again()
+    path.write_text(text)
+    lost = tmp_path / mtil.load.__wrapped__("EuroSAT", tmp_path).test.pixels.paths[0]
+    lost.unlink()
+    with pytest.raises(DamagedFile, match=rf"1 of the pictures .* are not there .*{lost.name} the first"):
+        again()
+    assert mtil.keep("DTD", tmp_path) is None  # its own lists say it
+
+
 def test_the_published_rule_is_the_first_four_fifths_by_seed_42() -> None:
     names = [f"{k:02d}" for k in range(10)]
     pixels = torch.arange(10).view(10, 1, 1, 1).expand(10, 3, 1, 1).to(torch.uint8)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from albums import pack
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
@@ -21,6 +22,7 @@ from perdure.core.errors import DamagedFile
 from perdure.core.pixels import Fit, resized
 from perdure.data.files import Files, Joined, all_cropped, crops, opened
 from perdure.data.loader import ahead
+from perdure.data.places import index
 from perdure.data.task import Batch, Class, Images, Task
 from perdure.data.transforms import crop_box, crop_shares, some_numbers
 from perdure.training.fit import drawn
@@ -164,21 +166,25 @@ def test_training_sees_what_lies_outside_the_middle_square(tmp_path: Path) -> No
     assert seen.shape == (8, 3, 16, 16) and bool((seen[:, 0].flatten(1).amax(1) > 100).any())
 
 
-def some_task(folder: Path, memory: bool = False) -> Task:
+def some_task(folder: Path, kind: str = "files") -> Task:
+    """Ten pictures in ``files``, in a ``tar``, in ``memory``, or some of each (``joined``)."""
     paths = []
     for k in range(10):
         paths.append(folder / f"{k}.jpg")
         picture(60 + 3 * k, 50, seed=k).save(paths[-1])
     files: Any = Files(tuple(paths), 16)
-    pixels = files[:] if memory else Joined((files.select(slice(0, 4)), files.select(slice(4, 10))[:]))
+    tar: Any = Files(tuple(index(pack(folder / "x.tar", {p.name: p.read_bytes() for p in paths}))), 16)
     labels = torch.arange(10) % 2
     classes = (Class("a", ("{}",)), Class("b", ("{}",)))
-    return Task("t", classes, Images(pixels if memory else files, labels), Images(files, labels))
+    some = Joined((files.select(slice(0, 3)), tar.select(slice(3, 6)), files.select(slice(6, 10))[:]))
+    train = {"files": files, "tar": tar, "memory": files[:], "joined": some}[kind]
+    return Task("t", classes, Images(train, labels), Images(files, labels))
 
 
 @pytest.mark.parametrize("augment", [True, False])
-def test_a_batch_is_the_same_whoever_reads_it(augment: bool, tmp_path: Path) -> None:
-    task, plan = some_task(tmp_path), Schedule(7, 0.1, 0, 4, augment=augment)
+@pytest.mark.parametrize("kind", ["files", "tar", "memory", "joined"])
+def test_a_batch_is_the_same_whoever_reads_it(kind: str, augment: bool, tmp_path: Path) -> None:
+    task, plan = some_task(tmp_path, kind), Schedule(7, 0.1, 0, 4, augment=augment)
     found: dict[int, tuple[list[Batch], torch.Tensor]] = {}
     for workers in (0, 1, 4):
         generator = torch.Generator().manual_seed(5)

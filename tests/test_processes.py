@@ -409,6 +409,31 @@ def test_a_worker_that_is_killed_ends_the_run_and_another_number_goes_on_with_it
     alike_runs(folder, tmp_path / "one")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["inside a task", "between tasks"])
+def test_where_one_is_told_to_stop_all_do(moment: str, tmp_path: Path) -> None:
+    inside = moment == "inside a task"
+    asked = {**several.asked("finetune"), "iterations": 60, "save_every": "5" if inside else "never"}
+    whole = perdure.run("finetune", "mini-mtil", tmp_path / "one", **asked)
+    folder = tmp_path / "two"
+    run = torchrun(2, "run", "--method", "finetune", "--stream", "mini-mtil", "--out", folder, *words(asked))
+    while not list(folder.glob("begun_task_02_*/state.json" if inside else "task_01_*")):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.02)
+    workers = [p for p in psutil.Process(run.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
+    workers[0].send_signal(signal.SIGTERM)  # the other must not wait for it in vain
+    said = run.communicate()[0]
+    assert run.returncode != 0
+    found = re.findall(r"Stopped\. Every task that was finished is kept(.*?)\. Go on with", " ".join(said.split()))
+    assert len(found) == 1 and not re.search("^Error:", said, re.M), said
+    if inside:
+        step = re.fullmatch(r", and the one at hand up to step (\d+) of digits", found[0])
+        assert step and list(folder.glob(f"begun_task_02_*/training_0_step_{int(step[1]):06d}.safetensors")), said
+    ended = launch.resume(folder)
+    assert ended["finished"] and ended["accuracy"] == whole["accuracy"]
+    alike_runs(folder, tmp_path / "one")
+
+
 # ---- on paper
 
 

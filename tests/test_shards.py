@@ -18,7 +18,7 @@ from albums import drawings, labelled, pack, png, tasks, write
 import perdure
 from perdure.benchmarks.folder import load_folder
 from perdure.core.errors import DamagedFile, PerdureError
-from perdure.data.files import Files, cannot_be_opened, stacked, unreadable
+from perdure.data.files import Files, cannot_be_read, stacked, unreadable
 from perdure.data.places import Place, index
 from perdure.data.transforms import some_numbers
 
@@ -145,7 +145,7 @@ def test_a_picture_in_a_tar_that_cannot_be_read_is_named(tmp_path: Path) -> None
     pack(tmp_path / "x.tar", {**files, "train/0-1.png": b"no picture", "train/1-2.png": files["train/1-2.png"][:200]})
     places = tuple(p for p in index(tmp_path / "x.tar") if p.name.endswith(".png"))
     held = Files(places, 8)
-    assert [p.name for p in cannot_be_opened(held, 100) if isinstance(p, Place)] == ["train/0-1.png"]
+    assert [p.name for p in cannot_be_read(held) if isinstance(p, Place)] == ["train/0-1.png", "train/1-2.png"]
     assert sorted(unreadable(held)) == [1, 6]
     with pytest.raises(DamagedFile, match=r"x\.tar/train/0-1\.png is no image .*: its first bytes are no picture's"):
         held[:]

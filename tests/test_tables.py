@@ -119,6 +119,36 @@ def test_metadata_beside_pictures_with_captions_and_sides(tmp_path: Path) -> Non
     assert [len(other.train), len(other.test)] == [11, 4] and other.train.captions is None
 
 
+def test_captions_alone_are_classes_of_their_own(tmp_path: Path) -> None:
+    rows = [{"file_name": row["filepath"], "text": f"a  {row['title']}, the {n}-th"} for n, row in
+            enumerate(listed(tmp_path, "digits"))]  # fmt: skip
+    rows[1]["text"] = "A zero, the 0-th"  # as the first one, but for case and spaces
+    with pytest.warns(UserWarning, match="texts and no classes, so that each of 15 texts"):
+        (task,) = loaded(table(tmp_path / "t.csv", rows)).tasks
+    assert len(task.classes) == 15 and len(task.train) + len(task.test) == 16
+    by_name = {row["file_name"]: row["text"] for row in rows}
+    for images in (task.train, task.test):
+        assert len(images)
+        for path, label in zip(images.pixels.paths, images.labels.tolist(), strict=True):
+            own = by_name[path.relative_to(tmp_path).as_posix()]
+            assert task.classes[label].prompts() == [{"A zero, the 0-th": rows[0]["text"]}.get(own, own)]
+    assert task.train.captions == tuple(by_name[p.relative_to(tmp_path).as_posix()] for p in task.train.pixels.paths)
+    done = perdure.run("finetune", str(tmp_path / "t.csv"), tmp_path / "run", iterations=2, loss="contrastive")
+    assert done["finished"]
+    sides = [{**row, "fold": "test" if n % 4 == 0 else "train", "label": "x" if n % 4 else ""} for n, row in
+             enumerate(rows)]  # fmt: skip
+    for k, side in enumerate(("train", "test")):
+        (tmp_path / "s" / side).mkdir(parents=True)
+        own_rows = [r for r in sides if r["fold"] == side]
+        for n, row in enumerate(own_rows):
+            (tmp_path / row["file_name"]).rename(tmp_path / "s" / side / f"{n}.png")
+        keys = ("label", "text")[k:]
+        table(tmp_path / "s" / side / "metadata.csv",
+              [{"file_name": f"{n}.png", **{key: row[key] for key in keys}} for n, row in enumerate(own_rows)])  # fmt: skip
+    with pytest.raises(PerdureError, match="4 of its 16 pictures have a text but no class"):
+        load_folder(tmp_path / "s")
+
+
 def change(**cells: str) -> Callable[[Rows], Rows]:
     return lambda rows: [{**rows[0], **cells}, *rows[1:]]
 
@@ -132,7 +162,8 @@ def renamed(old: str, new: str) -> Callable[[Rows], Rows]:
     [
         (renamed("label", "lable"), "no column 'label'. Did you mean 'lable'"),
         (renamed("file_name", "filename"), "Did you mean 'filename'.*--image-key"),
-        (renamed("label", "text"), "has texts but no classes"),
+        (lambda rows: renamed("label", "text")(change(label="")(rows)), "1 rows have nothing under 'text', line 2 the first"),
+        (change(label="-1"), "label -1 has no name"),
         (change(file_name="gone.png"), "1 of its 16 pictures are not there: gone.png"),
         (change(label=" "), "1 rows have nothing under 'label', line 2 the first"),
         (lambda rows: [{**row, "file_name": f"no/{n}.png"} for n, row in enumerate(rows)], "16 of its 16 .* no/2.png, …"),

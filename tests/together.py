@@ -81,12 +81,13 @@ class Together:
             torch.set_rng_state(states[2])
         return said
 
-    def all_reduce(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         self.sent += tensor.numel()
         with torch.no_grad():
             parts = self.exchange(tensor.clone())
             assert len({(x.shape, x.dtype) for x in parts}) == 1, "processes sum what is not alike"
-            tensor.copy_(torch.stack(parts).sum(0, dtype=tensor.dtype))
+            whole = torch.stack(parts)
+            tensor.copy_(whole.amax(0) if op == dist.ReduceOp.MAX else whole.sum(0, dtype=tensor.dtype))
 
     def all_gather(self, said: list[Any], value: Any) -> None:
         said[:] = self.exchange(value)

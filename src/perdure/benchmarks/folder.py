@@ -2,7 +2,8 @@
 
     DIR/CLASS/*                          one task
     DIR/TASK/CLASS/*                     a task a folder, alphabetically
-    …/train/CLASS/*, …/test/CLASS/*      either of them with a split of its own (val counts as test where there is no test)
+    …/train/CLASS/*, …/test/CLASS/*      either of them with a split of its own (val counts as test where there is no test;
+                                         train alone is none)
 
 In the place of CLASS/* there may be tars in WebDataset's form (``own/shards.py``) or pictures with a ``metadata.csv`` or
 ``.jsonl`` (``own/tables.py``). A class is asked for by its folder's name, or by what ``classes.json`` says
@@ -11,13 +12,14 @@ In the place of CLASS/* there may be tars in WebDataset's form (``own/shards.py`
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from perdure.benchmarks.own import hub, tables
 from perdure.benchmarks.own.names import as_names, given_names
-from perdure.benchmarks.own.rows import SIDES, VALIDATION, Found, Row, stream_of
+from perdure.benchmarks.own.rows import Found, Row, side_of, stream_of
 from perdure.benchmarks.own.shards import shard_rows, shards_of
 from perdure.benchmarks.own.told import KEYS, Told, in_order, told_by
 from perdure.core.errors import PerdureError
@@ -77,7 +79,9 @@ def listed(task: Mapping[str, Any], path: Path, told: Told) -> Found:
         return Found(name, found.rows, found.names, templates, found.where)
     if keys:
         raise PerdureError(f"{path}: {next(iter(keys))} is for tables and data sets; {place} is a folder.")
-    if not place.is_dir() or not is_task(place):
+    if not place.is_dir():
+        raise PerdureError(f"{path}: there is no folder {place}.")
+    if not is_task(place):
         raise PerdureError(f"{path}: {place} is no task: it holds no class folders, tars or metadata.csv.")
     return found_in(name, place, place, templates, names)
 
@@ -87,6 +91,7 @@ def found_in(name: str, home: Path, base: Path, templates: tuple[str, ...], name
     split = None if tables.metadata_of(home) else sides_of(home)
     if split is None:
         return Found(name, rows_in(home, base, ""), names, templates, str(home))
+    say_left_out(home, split)
     rows = [row for side, folder in split.items() for row in rows_in(folder, base, side)]
     return Found(name, rows, names, templates, str(home))
 
@@ -111,11 +116,31 @@ def has_pictures(folder: Path) -> bool:
 
 
 def sides_of(home: Path) -> dict[str, Path] | None:
-    """Where a folder keeps the two sides of a split of its own."""
-    subs = {name.lower(): home / name for name in folders(home)}
-    train = next((subs[name] for name in SIDES["train"] if name in subs), None)
-    test = next((subs[name] for name in (*SIDES["test"], *VALIDATION) if name in subs), None)
-    return {"train": train, "test": test} if train and test else None
+    """Where a folder keeps the sides of a split of its own: the folders that are named so. A training side alone is no split:
+    then pictures of it are held out."""
+    subs = {side: home / name for name in reversed(folders(home)) if (side := side_of(name))}
+    test = subs.get("test") or subs.get("val")
+    if "train" not in subs or is_class(subs["train"]):
+        return None
+    if test:
+        return {"train": subs["train"], "test": test}
+    return {"": subs["train"]} if len(folders(home)) == 1 else None
+
+
+def say_left_out(home: Path, sides: Mapping[str, Path]) -> None:
+    """Say which folders beside those of a split are left out."""
+    left = [name for name in folders(home) if home / name not in sides.values()]
+    if left:
+        warnings.warn(
+            f"{home}: the folder '{left[0]}' is left out{f' and {len(left) - 1} more' if left[1:] else ''}: beside "
+            f"{' and '.join(folder.name for folder in sides.values())} it is neither of the two sides.",
+            stacklevel=2,
+        )
+
+
+def is_class(folder: Path) -> bool:
+    """Whether a folder holds pictures and no folders: a class, whatever its name."""
+    return has_pictures(folder) and not folders(folder) and not tables.metadata_of(folder)
 
 
 def is_task(home: Path) -> bool:

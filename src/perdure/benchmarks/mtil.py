@@ -7,8 +7,9 @@ the task hidden. ``facts/mtil.json`` has the orders, class names, templates and 
 Data lie under ``PERDURE_DATA`` as torchvision lays them out; nothing is fetched unless asked (``perdure data fetch``), and
 ``perdure data check`` says what is there. Where a data set comes without a split, the published rule draws one: the first
 four fifths of a permutation by seed 42, here of the *sorted* file list, as some are listed as the file system has them. The
-split's digest is part of the stream's. Otherwise than in X-TAIL's release: its splits are CoOp's, these are MTIL's; and of
-a class that has fewer than 16 images all are taken, none twice.
+split's digest is part of the stream's; ``perdure data check --keep-splits`` writes the split down (``manifests.py``).
+Otherwise than in X-TAIL's release: its splits are CoOp's, these are MTIL's; and of a class that has fewer than 16 images all
+are taken, none twice.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 
+from perdure.benchmarks import manifests
 from perdure.benchmarks.class_incremental import MODEL, SIDE, root
 from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.state import as_json, digest
@@ -32,6 +34,7 @@ from perdure.data.files import Files, Pixels, take
 from perdure.data.task import Class, Images, Stream, Task
 
 XTAIL = ("Aircraft", "Caltech101", "DTD", "EuroSAT", "Flowers", "Food", "MNIST", "OxfordPet", "StanfordCars", "SUN397")
+DRAWN = ("Caltech101", "EuroSAT", "SUN397")  # come without a split
 SHOTS = 16
 Side = tuple[Pixels, list[int], list[str]]  # pictures, labels, and a name of each that tells them apart
 Loaded = tuple[list[str], Side, Side]  # class names, training and test side
@@ -57,13 +60,13 @@ def listed(base: Path, paths: Sequence[Any], labels: Sequence[int]) -> Side:
     return Files(tuple(found), SIDE), [int(x) for x in labels], [p.relative_to(base).as_posix() for p in found]
 
 
-def split(side: Side) -> tuple[Side, Side]:
-    """The published random split, of the pictures sorted by their names."""
+def split(side: Side, kept: Sequence[Sequence[int]] | None = None) -> tuple[Side, Side]:
+    """Both sides: ``kept`` says which pictures; else the published random split, of the pictures sorted by their names."""
     pixels, labels, names = side
     order = sorted(range(len(names)), key=names.__getitem__)
     drawn = torch.randperm(len(order), generator=torch.Generator().manual_seed(42)).tolist()
     edge = int(0.8 * len(order))
-    chosen = [[order[k] for k in sorted(part)] for part in (drawn[:edge], drawn[edge:])]
+    chosen = kept or [[order[k] for k in sorted(part)] for part in (drawn[:edge], drawn[edge:])]
     one, two = (
         (take(pixels, torch.tensor(part)), [labels[k] for k in part], [names[k] for k in part]) for part in chosen
     )
@@ -108,7 +111,8 @@ def reader(
         if hasattr(made[0], "data"):
             return names, in_memory(made[0]), in_memory(made[1])
         sides = [files_of(one, base) for one in made]
-        return (names, *(sides if len(sides) == 2 else split(sides[0])))
+        one, two = sides if len(sides) == 2 else split(sides[0], manifests.read(base, kind, sides[0][2], sides[0][1]))
+        return names, one, two
 
     return load
 
@@ -188,19 +192,27 @@ def load(name: str, base: Path, fetch: bool = False) -> Task:
     return Task(name, classes, sides[0], sides[1])
 
 
+def names_in(images: Images, base: Path) -> list[str] | int:
+    """What tells a side's pictures apart; of those in memory their number."""
+    if not isinstance(images.pixels, Files):
+        return len(images)
+    return [Path(str(path)).relative_to(base).as_posix() for path in images.pixels.paths]
+
+
+def keep(name: str, base: Path) -> Path | None:
+    """Write down the split of a data set that comes without one, and return where; None: its own lists say it."""
+    if name not in DRAWN:
+        return None
+    task = load(name, base)
+    lists = [[*zip(names_in(x, base), x.labels.tolist(), strict=True)] for x in (task.train, task.test)]  # type: ignore[arg-type]
+    return manifests.write(base, name, lists)
+
+
 @cache
 def mark(name: str, base: Path) -> str:
     """What identifies a data set's split: names and labels of both sides, classes and templates."""
     task = load(name, base)
-    sides = [
-        [
-            [Path(str(p)).relative_to(base).as_posix() for p in x.pixels.paths]
-            if isinstance(x.pixels, Files)
-            else len(x),
-            x.labels.tolist(),
-        ]
-        for x in (task.train, task.test)
-    ]
+    sides = [[names_in(x, base), x.labels.tolist()] for x in (task.train, task.test)]
     return digest(as_json([name, sides, [[c.name, list(c.templates)] for c in task.classes]]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -54,13 +55,16 @@ def plainly() -> Iterator[None]:
         message = error.format_message()
         if isinstance(error, Usage) and error.ctx is not None:
             message = f"{message.rstrip('.')}. See: {error.ctx.command_path} --help."
+    except BrokenPipeError:  # whoever read what is printed has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13) from None
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         where = f": {error.filename}" if error.filename else ""
         message = f"{error.strerror or error}{where}."
         if full:
             message += (
-                " What was finished is kept. Make room, then go on: perdure resume RUN, or the same perdure generate."
+                " What was finished is kept. Make room, then give the same command again (a run: perdure resume RUN)."
             )
     else:
         return
@@ -78,6 +82,7 @@ def main() -> None:
             code = app(standalone_mode=False)
             if not code:
                 processes.leave()
+            sys.stdout.flush()  # here, where it is known what to say if nobody reads it
         except (typer.Abort, KeyboardInterrupt):
             code = 130
     raise SystemExit(code or 0)

@@ -34,13 +34,24 @@ def check(
     ] = None,
     root: Root = None,
     read: Annotated[bool, typer.Option("--read", help="Decode every picture, not the lists alone.")] = False,
+    keep_splits: Annotated[
+        bool,
+        typer.Option("--keep-splits", help="Write down, in ROOT/splits, the splits that are drawn: then they stay."),
+    ] = False,
     image_key: ImageKey = "",
     label_key: LabelKey = "",
     split_key: SplitKey = "",
     task_key: TaskKey = "",
+    text_key: TextKey = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Of your own pictures: the CLIP that is to learn them; whether it can be asked for the classes."
+        ),
+    ] = "",
 ) -> None:
     """Say which of MTIL's data sets are found, where they were looked for, their sizes, and how to get the others; or read
-    every picture of your own. Exit code 1 if something is missing or damaged."""
+    every picture of your own, and what else would stop a run of them. Exit code 1 if something is missing or damaged."""
     from perdure.benchmarks import mtil
     from perdure.benchmarks.own.pictures import Pictures
     from perdure.data.files import unreadable
@@ -60,13 +71,20 @@ def check(
         return len(bad)
 
     if folder is not None:
-        pictures = Pictures(folder, image_key, label_key, split_key, task_key).settled()
+        pictures = Pictures(folder, image_key, label_key, split_key, task_key, text_key).settled()
         if not pictures.kind:
             raise PerdureError(f"There are no pictures at {folder}. Give a folder, a CSV file or a YAML file.")
-        tasks = pictures.load().tasks
-        wrong = sum(look(task, decode=True) for task in tasks)
-        total = sum(len(side) for task in tasks for side in (task.train, task.test))
+        stream = pictures.load()
+        wrong = sum(look(task, decode=True) for task in stream.tasks)
+        total = sum(len(side) for task in stream.tasks for side in (task.train, task.test))
         say(f"{wrong} pictures cannot be read, of {total}." if wrong else "Every picture can be read.")
+        if not wrong and model:
+            from perdure.models.clip import CLIP  # which takes seconds to import
+
+            stream.check(CLIP.load(model))
+            say(f"{model} can be asked for every class.")
+        elif not wrong:
+            stream.check_images()
         raise typer.Exit(1 if wrong else 0)
     base = base_of(root)
     for name, one in mtil.SETS.items():
@@ -76,7 +94,8 @@ def check(
             say(f"{name}: {'missing' if not (base / one.home).exists() else 'not as it should be'}. {error}")
             wrong += 1
             continue
-        wrong += look(task, read, f"; split {mtil.mark(name, base)[:12]}; in {base / one.home}")
+        kept = f", kept in {mtil.keep(name, base)}" if keep_splits and name in mtil.DRAWN else ""
+        wrong += look(task, read, f"; split {mtil.mark(name, base)[:12]}{kept}; in {base / one.home}")
     raise typer.Exit(1 if wrong else 0)
 
 
@@ -96,4 +115,5 @@ def fetch(
     base.mkdir(parents=True, exist_ok=True)
     for name in names:
         task = mtil.load(name, base, fetch=True)
+        mtil.keep(name, base)
         console().print(f"{name}: {len(task.train)} training and {len(task.test)} test images in {base}", markup=False)

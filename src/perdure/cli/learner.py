@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -80,16 +83,28 @@ def learn(
     learner = Learner(
         home, model=model, method=method, probe=probe, keep=keep.value if keep else None, seed=seed, watcher=screen, **given
     )  # fmt: skip
+    more: dict[str, Any] = dict(max_loss=max_loss, dry_run=dry_run, unlabelled=unlabelled)
+    done: list[Outcome] = []
     try:
-        with screen:
-            outcomes = learner.learn(pictures, name=name, max_loss=max_loss, dry_run=dry_run, unlabelled=unlabelled)
+        with telling(done, home), screen:
+            outcomes = learner.learn(pictures, name=name, told=done.append, **more)
+            done[:] = outcomes  # of a dry run nobody is told
     except KeyboardInterrupt:
-        say(f"\nStopped. {home} is as it was before; the same command begins again.")
+        now = f"is as it was after {done[-1].task}" if done else "is as it was before"
+        say(f"\nStopped. {home} {now}; the same command goes on from there.")
         raise typer.Exit(130) from None
-    for one in outcomes:
-        show(one, home)
     if not outcomes.accepted:
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def telling(done: Sequence[Outcome], home: Path) -> Iterator[None]:
+    """Whatever ends this, what learning came to of the tasks that are ``done`` is shown."""
+    try:
+        yield
+    finally:
+        for one in done:
+            show(one, home)
 
 
 def show(outcome: Outcome, home: Path) -> None:
@@ -112,12 +127,13 @@ def show(outcome: Outcome, home: Path) -> None:
 
 
 def predict(
-    home: Home,
+    home: Annotated[Path, typer.Argument(metavar="HOME", help="Folder of the model in use, or of its export.")],
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGES...", help="Pictures, folders of them, or - for names on stdin.")
     ],
     classes: Annotated[
-        str, typer.Option(help="Names to tell apart, with commas between; default: all that was learned.")
+        str,
+        typer.Option(help="Names to tell apart, with commas between ('cat,\"salt, pepper\"'); default: all learned."),
     ] = "",
     topk: Annotated[int, typer.Option(min=1, help="How many of the likeliest names.")] = 1,
     format: Annotated[Format, typer.Option(help="How answers are written.")] = Format.table,
@@ -127,10 +143,15 @@ def predict(
 ) -> None:
     """Say what pictures show. Exit code 1 if one could not be read; the others are answered."""
     from perdure.launch.learner import Learner
+    from perdure.launch.learner.answers import names_in
+    from perdure.launch.learner.package import is_export
 
+    if "-" in images and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # names of files may be any bytes
     names = [n for one in images for n in (sys.stdin.read().splitlines() if one == "-" else [one]) if n]
-    learner = Learner(home)
-    rows = learner.predict(names, classes=classes.split(",") if classes else None, topk=topk, explain=explain)
+    wanted = names_in(classes) if classes else None
+    learner = Learner.from_pretrained(home) if is_export(home) else Learner(home)
+    rows = learner.predict(names, classes=wanted, topk=topk, explain=explain)
     write_rows(rows, format, topk)
     bad = [row for row in rows if "error" in row]
     for row in bad:
@@ -190,9 +211,5 @@ def undo(
     learner = Learner(home)
     for name in learner.undo(to):
         say(f"Taken back: {name} (kept as undone_{name}).")
-    left = [one["task"] for one in learner.history() if one["state"] == "current"]
-    say(
-        f"Current is the state after {left[-1]}, which knows: {', '.join(left)}."
-        if left
-        else "Current is the model as it was found."
-    )
+    left = [one["task"] for one in learner.history() if one["state"] == "current" and "forgot" not in one]
+    say(f"Current is a state that knows: {', '.join(left)}." if left else "Current is the model as it was found.")

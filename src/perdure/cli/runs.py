@@ -179,6 +179,8 @@ def watched(folder: Path, report_to: str = "") -> None:
     except stopping.Stopped as stop:
         kept = f", and the one at hand up to {stop.saved}" if stop.saved else ""
         screen.say(f"\nStopped. Every task that was finished is kept{kept}. Go on with: {again(folder)}")
+        if stop.together:
+            processes.leave()
         raise typer.Exit(stop.code) from None
 
 

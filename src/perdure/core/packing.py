@@ -100,8 +100,10 @@ def kind_of(state: type, name: str, hint: Any) -> Any:
 
 def told(hint: Any) -> bool:
     """Whether a type says what is inside, down to the last, and no tensor is."""
-    if hint in VAGUE or hint is Tensor:
+    if hint in VAGUE or hint in (Tensor, bytes) or getattr(get_origin(hint), "__module__", "") == "collections.abc":
         return False
+    if get_origin(hint) is dict and get_args(hint)[0] not in (str, int, float, bool):
+        return False  # JSON has no other keys
     inside = get_args(hint) if get_origin(hint) is not None or isinstance(hint, types.UnionType) else ()
     return all(told(part) for part in inside if isinstance(part, type) or get_args(part) or part in VAGUE)
 
@@ -112,6 +114,8 @@ def pack(state: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     values: dict[str, Any] = {}
     for name, kind in kinds(type(state)).items():
         value = getattr(state, name)
+        if kind in (TENSORS, FILES):
+            check_tensors(type(state), name, value, kind is FILES)
         if kind is TENSORS:
             files.setdefault("state", {}).update({f"{name}/{key}": tensor for key, tensor in value.items()})
             if list(value) != sorted(value):
@@ -123,6 +127,21 @@ def pack(state: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         else:
             values[name] = plain(type(state), name, kind, value)
     return {name: tensors for name, tensors in files.items() if tensors}, values
+
+
+def check_tensors(state: type, name: str, value: Any, nested: bool) -> None:
+    """Refuse what a field of tensors would not give back: other keys than words, other values than tensors."""
+    entries = value.values() if nested else [value]
+    wrong = [key for own in (value, *entries) for key in own if not isinstance(key, str)]
+    wrong += [
+        key for own in entries if not (isinstance(own, Frozen) and own.file is not None)
+        for key, one in own.items() if not isinstance(one, Tensor)
+    ]  # fmt: skip
+    if wrong:
+        raise PerdureError(
+            f"The field '{name}' of the State {state.__qualname__} holds tensors by words, and nothing else: {wrong[0]!r} is "
+            "no word, or what it names is no tensor."
+        )
 
 
 def plain(state: type, name: str, kind: TypeAdapter[Any], value: Any) -> Any:

@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 
+def placed(text: str) -> str:
+    """A path so that it means the same in another working directory; a word that names nothing there stays."""
+    return str(expanded(text).resolve()) if text and expanded(text).exists() else text
+
+
 def expanded(path: str | Path) -> Path:
     """``path`` with ``~`` as the home folder; a name like ``~nobody`` that is nobody's home stays as it is."""
     return Path(os.path.expanduser(path))

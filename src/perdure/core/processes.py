@@ -197,6 +197,19 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def most(number: int) -> int:
+    """The largest of the numbers that the processes have."""
+    if here.count == 1:
+        return number
+    import torch
+    import torch.distributed as dist
+
+    found = torch.tensor(number)
+    with connected():
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
 def gathered(part: Tensor, length: int) -> Tensor:
     """(length, …): what each process made of its ``worked(length)`` rows, put together in order."""
     if not sharing():

@@ -8,15 +8,18 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from perdure.core import processes
+
 GRACE = 5.0  # seconds that a step has to come to its end
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has asked to stop. ``saved``: what was kept inside the task at hand, in words; empty: nothing new."""
+    """A signal has asked to stop. ``saved``: what was kept inside the task at hand, in words; empty: nothing new. ``together``:
+    whether all processes that share the run stop now."""
 
-    def __init__(self, number: int = signal.SIGINT, saved: str = ""):
+    def __init__(self, number: int = signal.SIGINT, saved: str = "", together: bool = False):
         super().__init__(signal.Signals(number).name)
-        self.number, self.saved = number, saved
+        self.number, self.saved, self.together = number, saved, together
 
     @property
     def code(self) -> int:
@@ -43,6 +46,14 @@ EAR = Ear()
 def asked() -> int:
     """The number of the signal that has asked to stop; 0: none has."""
     return EAR.heard
+
+
+def agreed() -> int:
+    """What the processes that share a run were asked, each of which calls this at the same step: where one was told to stop all
+    are, so that none waits for one that is gone."""
+    found = processes.most(EAR.heard)
+    EAR.heard = EAR.heard or found
+    return found
 
 
 @contextlib.contextmanager
@@ -72,13 +83,25 @@ def hear(number: int, frame: Any) -> None:
     second, EAR.heard = bool(EAR.heard), EAR.heard or number
     if late or second or not EAR.depth:
         raise Stopped(EAR.heard)
-    alarm(GRACE)
+    if processes.count() == 1:  # of several none breaks off alone
+        alarm(GRACE)
 
 
 def alarm(seconds: float) -> None:
     """Let the grace run for so long; 0: no more. Systems without it wait for the step."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def together() -> contextlib.AbstractContextManager[None]:
+    """Meanwhile, of several processes that share a run none stops by itself: only where all do, by ``agreed``."""
+    return held() if processes.count() > 1 else contextlib.nullcontext()
+
+
+def stop_together() -> None:
+    """Stop here, where any of several processes was told to."""
+    if processes.count() > 1 and (number := agreed()):
+        raise Stopped(number, together=True)
 
 
 @contextlib.contextmanager

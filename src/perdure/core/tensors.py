@@ -6,15 +6,18 @@ multiple of 8, and the tensors' bytes one after another: the larger types first,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from perdure.core.errors import DamagedFile, PerdureError
@@ -67,6 +70,18 @@ def laid_out(tensors: Mapping[str, Tensor]) -> tuple[list[str], bytes]:
     text = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return names, len(text).to_bytes(8, "little") + text
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """What the safetensors library raises where the system refuses something is said as the system says it."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if not found:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from None
 
 
 class Stored(Mapping[str, Tensor]):

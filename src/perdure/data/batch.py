@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perdure.core.device import sent
 from perdure.core.pixels import as_floats
 
 
@@ -40,6 +41,8 @@ class Batch(Mapping[str, Any]):
         return len(self.fields)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on a device, its images as floats: bytes travel, floats are made there."""
-        there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.fields.items()}
-        return Batch(**{**there, "images": as_floats(there["images"])})
+        """The batch with its tensors on a device, its images as floats: bytes travel, floats are made there.
+        ``index`` stays with the processor, which looks images up by it: asked back, it would wait."""
+        goes = [name for name, x in self.fields.items() if isinstance(x, Tensor) and name != "index"]
+        there = {name: sent(self[name], device) for name in goes}
+        return Batch(**{**self.fields, **there, "images": as_floats(there["images"])})

@@ -81,3 +81,18 @@ def check_texts(classes: Sequence[Any], clip: Any, where: str) -> None:
                 "apart. Give one of them another name or template."
             )
         known[ids] = one.name
+
+
+def say_alike(tasks: Sequence[Any]) -> str:
+    """What to say where the classes of all tasks compete and two of different tasks have one text; empty: none have."""
+    homes: dict[tuple[str, ...], list[str]] = {}
+    for task in tasks:
+        for one in task.classes:
+            homes.setdefault(tuple(one.prompts()), []).append(f"'{one.name}' of {task.name}")
+    shared = [own for own in homes.values() if len(own) > 1]
+    if not shared:
+        return ""
+    return (
+        f"labels=all: {len(shared)} classes have one text in several tasks ({' and '.join(shared[0])}), by which no model can "
+        "tell them apart: images of one are counted as wrong. labels=task keeps tasks apart."
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,11 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from perdure.core.device import sent
 from perdure.core.pixels import CENTRE, Fit, as_floats
 from perdure.data.opening import looks_wrong, opened, trouble
 from perdure.data.places import Source
 from perdure.data.transforms import crop_box, random_resized_crop, some_numbers
 
+CPU = torch.device("cpu")
+OPENED, DECODED = 1000, 100  # so many pictures of a side are looked at before anything is computed
 SLENDER = 16  # one side by the other: from there on a centre crop is cut out before it is resized
 
 
@@ -105,16 +108,20 @@ def stacked(pictures: Iterable[Image.Image], side: int) -> Tensor:
     return torch.from_numpy(out)
 
 
-def cannot_be_opened(pixels: Any, most: int) -> list[Source]:
-    """Pictures in files that are gone or no pictures by their first bytes, of at most ``most`` that are looked at, evenly
-    spread: a cheap look, nothing is decoded."""
+def cannot_be_read(pixels: Any, opened: int = OPENED, decoded: int = DECODED) -> list[Source]:
+    """Pictures in files that are gone or no pictures by their first bytes, of at most ``opened``, or that cannot be decoded,
+    of at most ``decoded``, both evenly spread: a cheap look."""
     if isinstance(pixels, Joined):
-        return [source for part in pixels.parts for source in cannot_be_opened(part, most)]
+        return [source for part in pixels.parts for source in cannot_be_read(part, opened, decoded)]
     if not isinstance(pixels, Files) or not len(pixels):
         return []
-    places = torch.linspace(0, len(pixels) - 1, min(most, len(pixels))).round().long()
-    paths = pixels.select(places).paths
-    return [source for source, bad in zip(paths, readers().map(looks_wrong, paths), strict=True) if bad]
+
+    def wrong(look: Callable[[Source], Any], most: int) -> set[int]:
+        places = torch.linspace(0, len(pixels) - 1, min(most, len(pixels))).round().long()
+        found = zip(places.tolist(), readers().map(look, pixels.select(places).paths), strict=True)
+        return {place for place, bad in found if bad}
+
+    return [pixels.paths[place] for place in sorted(wrong(looks_wrong, opened) | wrong(trouble, decoded))]
 
 
 def unreadable(pixels: Any) -> dict[int, str]:
@@ -208,9 +215,10 @@ def at(pixels: Pixels, side: int, fit: Fit = CENTRE) -> Pixels:
 
 
 def crops(pixels: Pixels, index: Tensor, size: int, numbers: Tensor) -> Tensor:
-    """Random crops (B, 3, size, size) of the images ``index`` (B,), of files those of the whole pictures."""
+    """Random crops (B, 3, size, size) of the images ``index`` (B,), of files those of the whole pictures. Images in memory are
+    cropped where ``numbers`` lie: bytes travel."""
     if isinstance(pixels, Tensor):
-        return random_resized_crop(as_floats(pixels[index]), size, numbers)
+        return random_resized_crop(as_floats(sent(pixels[index], numbers.device)), size, numbers)
     return pixels.crops(index, size, numbers)
 
 

@@ -17,10 +17,9 @@ from perdure.data.batch import Batch
 from perdure.data.checks import are_pixels, check_labels, check_range, check_texts, described
 from perdure.data.classes import Class
 from perdure.data.context import Context, OnDraw, silent
-from perdure.data.files import Pixels, at, cannot_be_opened, joined, take
+from perdure.data.files import Pixels, at, cannot_be_read, joined, take
 from perdure.data.query import Query
 
-LOOKED_AT = 1000  # pictures a side that are opened before anything is computed
 __all__ = ["Batch", "Class", "Context", "Images", "OnDraw", "Probe", "Query", "Stream", "Task", "silent"]
 
 
@@ -162,7 +161,10 @@ class Stream:
         seen: set[Class] = set()
         for one in (c for t in self.tasks for c in t.classes if self.labels == "seen"):
             if one in seen:
-                raise PerdureError(f"The class '{one.name}' is in two steps of {self.name}: a class belongs to one.")
+                raise PerdureError(
+                    f"The class '{one.name}' is in two steps of {self.name}: where the classes seen so far compete a class "
+                    "belongs to one. Take labels=task, or give one of the two another name."
+                )
             seen.add(one)
 
     def at(self, side: int, fit: Fit = CENTRE) -> Stream:
@@ -171,29 +173,36 @@ class Stream:
         return replace(self, tasks=tasks, probe=self.probe and replace(self.probe, test=self.probe.test.at(side, fit)))
 
     def check(self, clip: Any) -> None:
-        """Refuse, before anything is computed, what ``clip`` cannot be asked or shown: a side without images, floats that are
-        no pixels, classes of one task whose texts are one, prompts longer than its text tower reads."""
-        parts: list[tuple[str, Task | Probe]] = [(f"task {t.name}", t) for t in self.tasks]
-        parts += [("the probe", self.probe)] if self.probe else []
-        for where, part in parts:
+        """Refuse, before anything is computed, what ``clip`` cannot be asked or shown: what ``check_images`` refuses, classes
+        of one task whose texts are one, prompts longer than its text tower reads."""
+        self.check_images()
+        for where, part in self.parts():
+            if not isinstance(part, Task) or part.labelled:
+                check_texts(part.classes, clip, f"{self.name}, {where}")
+        if self.labels == "seen":  # there the classes of all tasks compete
+            check_texts([c for t in self.tasks for c in t.classes], clip, self.name)
+
+    def parts(self) -> list[tuple[str, Task | Probe]]:
+        """The tasks and the probe, with what they are called in messages."""
+        return [*((f"task {t.name}", t) for t in self.tasks), *([("the probe", self.probe)] if self.probe else [])]
+
+    def check_images(self) -> None:
+        """Refuse a side without images, floats that are no pixels, and pictures that cannot be read, as far as a cheap look
+        (``cannot_be_read``) finds them."""
+        for where, part in self.parts():
             sides = {"test": part.test, **({"training": part.train} if isinstance(part, Task) else {})}
-            labelled = not isinstance(part, Task) or part.labelled
-            if not labelled:
+            if isinstance(part, Task) and not part.labelled:
                 del sides["test"]
             for side, images in sides.items():
                 if not len(images):
                     raise PerdureError(f"{self.name}, {where}: there are no {side} images. Give at least one.")
                 check_range(images.pixels, f"{self.name}, {where}, {side} images")
-                if bad := cannot_be_opened(images.pixels, LOOKED_AT):
+                if bad := cannot_be_read(images.pixels):
                     raise PerdureError(
                         f"{self.name}, {where}: {len(bad)} of its {side} pictures cannot be read, {bad[0]} the first. Put them "
                         "right or take them away; perdure data check FOLDER reads every picture and names all; "
-                        "unreadable=0.01 leaves out such pictures, up to that share of all."
+                        "of a run unreadable=0.01 leaves out such pictures, up to that share of all."
                     )
-            if labelled:
-                check_texts(part.classes, clip, f"{self.name}, {where}")
-        if self.labels == "seen":  # there the classes of all tasks compete
-            check_texts([c for t in self.tasks for c in t.classes], clip, self.name)
 
     def few_shot(self, shots: int, seed: int, since: int = 1) -> Stream:
         """``shots`` training images a class, drawn by the seed; 0: all. ``since``: of the tasks from this one on, counted from

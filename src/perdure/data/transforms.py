@@ -70,9 +70,9 @@ def random_resized_crop(
     """
     n, _, height, width = images.shape
     numbers = some_numbers(n, draw) if isinstance(draw, torch.Generator) else draw
-    tall_in, wide_in = (torch.full((n,), float(x)) for x in (height, width))
+    tall_in, wide_in = (numbers.new_full((n,), float(x)) for x in (height, width))
     wide, tall, across, down = crop_shares(tall_in, wide_in, numbers, scale, ratio)
-    zero = torch.zeros(n)
+    zero = numbers.new_zeros(n)
     rows = ((wide, zero, (1 - wide) * (2 * across - 1)), (zero, tall, (1 - tall) * (2 * down - 1)))
     theta = torch.stack([torch.stack(row, 1) for row in rows], 1)
     grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)

@@ -26,6 +26,7 @@ from perdure.core.state import digest, inside, read_json, sync_folder, write_jso
 from perdure.core.tensors import REMOVED, Onto, Stored, read_tensors, stored, write_tensors
 from perdure.methods.base import Method
 
+LONG = 100  # characters of a name
 SMALL = 1 << 16  # bytes: a file that is no larger is never worth removing
 WHY = (
     "it was removed when the next task was safe (keep=last), so that this one can be neither exported nor gone back to; the "
@@ -85,8 +86,10 @@ def load_modules(method: Method, saved: Mapping[str, Tensor]) -> None:
 
 
 def folder_name(index: int, task: str) -> str:
-    """``task_03_food``; characters that a file system may refuse become ``-``."""
-    return f"task_{index:02d}_{re.sub(r'[^A-Za-z0-9._-]+', '-', task)}"
+    """``task_03_food``; characters that a file system may refuse become ``-``, and of a long name the end a checksum."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", task)
+    plain = plain if len(plain) <= LONG else f"{plain[: LONG - 9]}-{digest(task.encode())[:8]}"
+    return f"task_{index:02d}_{plain}"
 
 
 def folder_names(tasks: Sequence[str]) -> list[str]:
@@ -119,7 +122,9 @@ def save_task(
             if key in kept and isinstance(tensors, Frozen):
                 written[key] = kept[key]
                 continue
-            path = f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', key.replace('/', '_'))}.safetensors"
+            plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", key.replace("/", "_"))
+            plain = plain if len(plain) <= LONG else f"{plain[: LONG - 9]}-{digest(key.encode())[:8]}"
+            path = f"{plain}.safetensors"
             path = free_name(beside / path).name  # two tasks' names may differ in such characters alone
             sha256, size = write_tensors(beside / path, tensors)
             written[key] = {"path": f"{name}/{path}", "sha256": sha256, "bytes": size}
@@ -157,17 +162,6 @@ def let_go(run: Path, earlier: Sequence[str], record: Mapping[str, Any]) -> None
             write_json(run / name / REMOVED, {"files": sorted({*known, *(p.name for p in gone)}), "why": WHY})
         for path in gone:
             path.unlink()
-
-
-def on_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as a file can hold them: on the processor, whole, none sharing its memory with another."""
-    out, seen = {}, set[int]()
-    for name, tensor in sorted(tensors.items()):
-        here = tensor.detach().cpu().contiguous()
-        memory = here.untyped_storage().data_ptr()
-        out[name] = here.clone() if memory in seen else here
-        seen.add(memory)
-    return out
 
 
 def seal(record: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perdure.core.errors import PerdureError
 from perdure.core.seeding import derive
 from perdure.data.task import Class, Probe, Query, Stream, Task
 from perdure.methods.base import Method
@@ -52,10 +53,17 @@ def evaluate(
         queries["probe"] = Query(stream.probe.test.pixels, stream.probe.classes)
         labels["probe"] = stream.probe.test.labels
     answers = method.answer(list(queries.values()))
-    return {
-        name: answer.argmax(1).cpu().eq(labels[name]).to(torch.uint8)
-        for name, answer in zip(queries, answers, strict=True)
-    }
+    return {name: hits(answer, labels[name], name) for name, answer in zip(queries, answers, strict=True)}
+
+
+def hits(answer: Tensor, labels: Tensor, what: str) -> Tensor:
+    """(N,) uint8: which of the images are answered rightly, by logits (N, C). ``PerdureError`` where these are no numbers."""
+    if bool(answer.isnan().any()):
+        raise PerdureError(
+            f"The images of {what} are answered with values that are no numbers (NaN): training diverged, or a head holds "
+            "what is none. Nothing of this state is kept, those before it are. A smaller lr may help."
+        )
+    return answer.argmax(1).cpu().eq(labels).to(torch.uint8)
 
 
 def for_gap(stream: Stream, images: int = 256) -> list[Probe | Task]:

@@ -26,8 +26,10 @@ from perdure.core.pixels import Fit
 from perdure.core.state import inside
 from perdure.core.tensors import read_tensors
 from perdure.data.files import Files
+from perdure.data.places import mark
 from perdure.data.task import Class, Images, Probe, Query, Task
 from perdure.engine.checkpoint import Saved, free_name, read_record, read_task
+from perdure.engine.evaluate import hits
 from perdure.methods.base import Method
 
 Keep = Literal["pictures", "paths", "none"]
@@ -75,8 +77,8 @@ class Learned:
             found = read_tensors(inside(self.saved.folder.parent, kept["path"]), kept["sha256"])
             return Images(found["pixels"], found["labels"])
         paths = [Path(p) for p in self.about.get("paths", [])]
-        if not paths or not all(path.is_file() for path in paths):
-            return None
+        if not paths or not all(path.is_file() and mark(path)[:16] in self.marks for path in paths):
+            return None  # gone, or others than those that were held out
         return Images(Files(tuple(paths), *view), torch.tensor(self.about["labels"], dtype=torch.int64))
 
 
@@ -145,8 +147,8 @@ def set_back(folder: Path, to: int) -> list[Path]:
 def set_beside(folder: Path) -> list[dict[str, Any]]:
     """The records of what was refused or undone, each with its ``folder``; damaged ones are left out."""
     out = []
-    for mark in (REFUSED, UNDONE):
-        for one in sorted(folder.glob(f"{mark}task_*")):
+    for aside in (REFUSED, UNDONE):
+        for one in sorted(folder.glob(f"{aside}task_*")):
             try:
                 out.append({**read_record(one), "folder": one.name})
             except DamagedFile:
@@ -201,7 +203,7 @@ def measure(method: Method, tasks: Sequence[Task], tests: Mapping[str, Images], 
         answers = method.answer(list(queries.values()))
     found: dict[str, Hits] = {"own": {}, "of_all": {}}
     for (kind, name), answer in zip(queries, answers, strict=True):
-        found[kind][name] = answer.argmax(1).cpu().eq(labels[kind, name]).to(torch.uint8)
+        found[kind][name] = hits(answer, labels[kind, name], name)
     return Measured(found["own"], found["of_all"])
 
 
@@ -215,12 +217,19 @@ def kept_tests(keep: Keep, images: Images) -> tuple[dict[str, dict[str, Tensor]]
             pixels = (pixels * 255).round().to(torch.uint8)
         return {"pictures": {"pixels": pixels, "labels": images.labels}}, {"keep": keep}
     if keep == "paths":
-        if not isinstance(images.pixels, Files) or not all(isinstance(p, Path) for p in images.pixels.paths):
-            raise PerdureError(
-                "keep=paths: not all pictures are files of their own, so they have no paths. Choose keep=pictures or none."
-            )
+        check_kept(keep, images)
         return {}, {"keep": keep, "paths": [str(p) for p in images.pixels.paths], "labels": images.labels.tolist()}
     return {}, {"keep": keep}
+
+
+def check_kept(keep: Keep, images: Images) -> None:
+    """Refuse to keep paths of pictures that have none."""
+    files = isinstance(images.pixels, Files) and all(isinstance(p, Path) for p in images.pixels.paths)
+    if keep == "paths" and len(images) and not files:
+        raise PerdureError(
+            "keep=paths: not all pictures are files of their own, so they have no paths. Choose keep=pictures or none, when a "
+            "HOME is made."
+        )
 
 
 def known_as(task: Task, learned: Sequence[Task]) -> tuple[Task, list[str]]:

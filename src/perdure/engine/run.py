@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from perdure.core import processes, stopping
@@ -43,7 +43,7 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
     settings = Settings.recorded(config["settings"])
     with undisturbed(), only_one(folder):
         check_folder(folder)
-        torch.set_num_threads(settings.threads)
+        settings.take_effect()
         forget_peak_memory()
         clip = load_clip(config, stream.model)
         stream = stream.at(clip.size, clip.fit)
@@ -58,8 +58,9 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
             forget(folder, [saved.folder.name for saved in done])
         loop = Loop(method, stream, config, settings, folder, watcher, done)
         loop.begin(clip, done)
-        while loop.next_task():
-            pass
+        with stopping.together():
+            while loop.next_task():
+                pass
         metrics = loop.metrics()
         path = folder / "metrics.json"
         if processes.main() and (not path.exists() or path.read_bytes() != as_json(metrics)):
@@ -138,6 +139,7 @@ class Loop:
     def next_task(self) -> bool:
         """Do the next task; False when all are done."""
         number = len(self.rows)
+        stopping.stop_together()
         if number > len(self.stream.tasks):
             return False
         name = self.stream.tasks[number - 1].name
@@ -189,7 +191,7 @@ class Loop:
             "number": number,
             "losses": losses,
             "phases": self.teacher.phases,
-            "remarks": self.method.remarks() if number else {},
+            "remarks": finite(self.method.remarks()) if number else {},
             "gap": found,
             "seconds": {
                 "train": round(trained - start - asked.seconds, 3),
@@ -234,3 +236,11 @@ class Loop:
     def metrics(self) -> dict[str, Any]:
         """The content of ``metrics.json``."""
         return summary(self.config, self.settings, self.method, self.stream, self.protocol, self.rows, self.records)
+
+
+def finite(remarks: Any) -> Any:
+    """What a method says of itself. ``PerdureError`` for a value that is no number."""
+    for key, value in remarks.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PerdureError(f"What the method says of itself holds a value that is no number: '{key}' is {value}.")
+    return remarks

@@ -12,6 +12,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from perdure.core.config import options, resolve
+from perdure.core.device import compute_with
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.precision import precision_of
@@ -20,13 +21,14 @@ from perdure.data.splits import recut, reordered, tasks_reordered
 from perdure.data.task import Stream
 from perdure.engine.steps import Every
 from perdure.models.clip import CLIP
+from perdure.models.compiled import compiled
 from perdure.models.recompute import by_blocks
 
 THREADS = torch.get_num_threads()  # before any run changes it
 # Where a run is computed, and how much of it at a time: no part of what it is, whatever that does to the last digits.
 ELSEWHERE = (
-    "device", "threads", "workers", "gradient_checkpointing", "accumulate", "evaluation_batch", "save_every",
-    "keep",
+    "device", "threads", "workers", "deterministic", "compile", "gradient_checkpointing", "accumulate", "evaluation_batch",
+    "save_every", "keep",
 )  # fmt: skip
 
 
@@ -42,7 +44,8 @@ class Settings:
         Literal["stream", "known", "hidden"], Field(description="whether the task is told; stream: as is usual there")
     ] = "stream"
     precision: Annotated[
-        Literal["auto", "bf16", "fp32"], Field(description="of training; auto: bf16 where the processor has it")
+        Literal["auto", "bf16", "fp16", "fp32"],
+        Field(description="of training; auto: bf16 where the device has it, else fp16 on an accelerator"),
     ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], Field(description="auto: an accelerator if there is one")] = (
         "auto"
@@ -52,6 +55,12 @@ class Settings:
         int,
         Field(ge=0, le=256, description="threads that read pictures ahead of training; the same bits with any number"),
     ] = 4
+    deterministic: Annotated[
+        bool, Field(description="the same bits twice on an accelerator too, more slowly; a processor gives them anyway")
+    ] = False
+    compile: Annotated[
+        bool, Field(description="compile the towers' blocks (torch.compile): the same losses up to rounding, sooner")
+    ] = False
     gradient_checkpointing: Annotated[
         bool,
         Field(description="training in less memory: each block of the towers is computed twice; the same gradients"),
@@ -125,14 +134,15 @@ class Settings:
     ] = ""
 
     def select(self, stream: Stream, seed: int) -> Stream:
-        """The part of ``stream`` that a run is to see."""
+        """The part of ``stream`` that a run is to see, under the run's protocol. ``PerdureError`` where that cannot be."""
         stream = reordered(stream, self.class_order) if self.class_order else stream
         stream = recut(stream, self.base, self.increment) if self.base or self.increment else stream
         stream = tasks_reordered(stream, self.task_order) if self.task_order else stream
         if self.shots_from > 1 and stream.labels == "seen":
             stream = replace(stream, base_new="sessions")
         draw = seed if self.shots_seed is None else self.shots_seed
-        return stream.shortened(self.tasks, self.images).few_shot(self.shots, draw, self.shots_from)
+        seen = stream.shortened(self.tasks, self.images).few_shot(self.shots, draw, self.shots_from)
+        return seen if self.labels == "stream" else replace(seen, labels=self.labels)
 
     def settled(self, stream: Stream) -> Settings:
         """With every choice made, as a run records it: folders as absolute paths, a class order by its content."""
@@ -151,6 +161,10 @@ class Settings:
             device=device,
             threads=self.threads or THREADS,
         )
+
+    def take_effect(self) -> None:
+        """Let this process compute as the run asks; ``undisturbed`` puts back what was."""
+        compute_with(self.threads, self.deterministic)
 
     @classmethod
     def recorded(cls, values: Mapping[str, Any]) -> Settings:
@@ -174,6 +188,11 @@ def load_clip(config: Mapping[str, Any], own: str) -> CLIP:
     """The CLIP of a run, where it is computed; ``own``: that of its stream. ``PerdureError`` where it is not the one that the
     run began with."""
     settings = Settings.recorded(config["settings"])
+    if "weights" in config and os.path.isabs(settings.model) and not os.path.isdir(settings.model):
+        raise PerdureError(
+            f"There is no folder {settings.model}. A run or HOME that was begun with the model there needs it there: put it "
+            "back (a link will do)."
+        )
     clip = taken(settings, own) or opened(settings, own)
     if "weights" in config:
         check_same(clip, config)
@@ -182,10 +201,12 @@ def load_clip(config: Mapping[str, Any], own: str) -> CLIP:
 
 def opened(settings: Settings, own: str) -> CLIP:
     """A CLIP read from its files, with a run's settings."""
-    clip = CLIP.load(own if settings.model == "stream" else settings.model, settings.device)
+    clip = CLIP.load(own if settings.model in ("", "stream") else settings.model, settings.device)
     clip.accumulate, clip.evaluation_batch = settings.accumulate, settings.evaluation_batch
     if settings.gradient_checkpointing:
         by_blocks(clip.backbone)
+    if settings.compile:
+        compiled(clip.backbone, clip.device)
     return clip
 
 

@@ -69,6 +69,7 @@ class Steps:
     ):  # fmt: skip
         self.folder, self.name, self.ours, self.after = run / f"{BEGUN}{name}", name, ours, after
         self.every, self.warn = every, warn
+        self.told = 0  # the signal that has asked all processes to stop
         self.count, self.spent = 0, 0.0  # trainings so far; seconds that the task had taken before this process
         self.entries: dict[str, dict[str, Any]] = {}  # as the file on the disk has them, by the training's number
         self.read()
@@ -80,7 +81,8 @@ class Steps:
         found = self.snapshot(key, name)
 
         def due(place: Place) -> bool:
-            if stopping.asked():
+            self.told = stopping.agreed()
+            if self.told:
                 return True
             if place.last:
                 return key in self.entries  # what was worth a save inside is worth one at its end
@@ -102,8 +104,10 @@ class Steps:
             self.warn(f"The training could not be saved at {said} ({reason}: {self.folder}). It goes on.")
             said = ""
         self.saved = time.monotonic()
-        if number := stopping.asked():
-            raise stopping.Stopped(number, said)
+        if number := self.told or (stopping.asked() if processes.count() == 1 else 0):
+            if self.told:
+                processes.barrier()  # a launcher ends all as soon as one has ended, in the midst of a save too
+            raise stopping.Stopped(number, said, bool(self.told))
 
     def write(self, key: str, name: str, snapshot: Snapshot) -> None:
         """Write a snapshot in the place of the training's last one."""

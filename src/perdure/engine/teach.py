@@ -85,6 +85,9 @@ class Teacher:
                 next(draws)
             losses = optimise(learner, schedule, draws, device, self.settings.precision, heard, name, saver)
         self.phases[name] = losses
+        towers = {id(p) for p in self.method.clip.backbone.parameters()}
+        if losses.steps and any(id(p) in towers for p in learner.parameters().values()):
+            self.method.clip.trained(f"trained in {name}", learner.parameters().values())
         return losses
 
     def told(self, name: str, schedule: Callable[[], Schedule], heard: OnStep) -> OnStep:

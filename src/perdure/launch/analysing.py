@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
@@ -43,7 +41,7 @@ def analyse(
             raise PerdureError(
                 f"{folder} has no finished task yet, so there is nothing to compare. Go on: perdure resume {folder}"
             )
-        torch.set_num_threads(settings.threads)
+        settings.take_effect()
         again = Again(config, data, method)
         stages = [again.stage(k, place, images, on_stage or str) for k, place in enumerate(done)]
         names = [task.name for task in data.tasks]

@@ -18,6 +18,7 @@ from perdure.core.caller import undisturbed
 from perdure.core.config import options, pairs, resolve
 from perdure.core.errors import PerdureError, unknown
 from perdure.core.paths import expanded
+from perdure.data.checks import say_alike
 from perdure.data.task import Stream
 from perdure.data.tolerated import find_unreadable, without
 from perdure.engine.alike import check_batch
@@ -144,8 +145,9 @@ def prepare(
         config, data = configure(method, stream, seed, assignments, preset, warn)
         clip = load_clip(config, data.model)
         data.check(clip)
-        if clip.note:
-            warn(clip.note)
+        for said in (clip.note, say_alike(data.tasks) if data.labels == "all" else ""):
+            if said:
+                warn(said)
         found = {"weights": clip.fingerprint(), "backbone": clip.described(), "revision": clip.revision}
         learner = build_entry(find_method(method)[0], config["options"])
         learner.bind(copy.deepcopy(clip), data.context(seed, folder, labels=config["settings"]["labels"]))

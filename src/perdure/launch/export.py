@@ -9,15 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.seeding import reseed
 from perdure.core.state import write_json
+from perdure.core.tensors import write_tensors
 from perdure.data.task import Query, Stream
-from perdure.engine.checkpoint import folder_names, module_state, on_their_own, read_task
+from perdure.engine.checkpoint import folder_names, module_state, read_task
 from perdure.engine.settings import load_clip
 from perdure.launch.runs import reopen
 from perdure.methods.base import Method
@@ -53,14 +52,19 @@ def export(folder: Path, out: Path, task: int | None = None) -> str:
             expert = method.base_expert()
         method.load_expert(expert)
         left = write(method, config, out)
-        return said + left_out(method, left)
+        elsewhere = "" if method.head_expert().name == expert.name else method.head_expert().name
+        return said + left_out(method, left, elsewhere)
 
 
-def left_out(method: Method, left: list[str]) -> str:
-    """What plain transformers will not have of the method, in words; empty: nothing."""
+def left_out(method: Method, left: list[str], elsewhere: str) -> str:
+    """What plain transformers will not have of the method, in words; empty: nothing. ``elsewhere``: other weights than those
+    written, on whose features a head stands."""
     said = []
     if left:
-        said.append(f"what answers on top of it ({', '.join(left)}: in perdure.json and perdure.safetensors beside it)")
+        stands = f", on features of the weights '{elsewhere}', not of these" if elsewhere else " of it"
+        said.append(
+            f"what answers on top{stands} ({', '.join(left)}: in perdure.json and perdure.safetensors beside it)"
+        )
     if not method.carries_weights:
         said.append("the other tasks' experts, and how they answer together")
     return f" without {' and '.join(said)}," if said else ""
@@ -126,7 +130,7 @@ def write(method: Method, config: dict[str, Any], out: Path) -> list[str]:
         tensors |= {f"modules/{key}": t for key, t in module_state(method).items()}
         left = sorted({*(k.split("/")[0] for own in files.values() for k in own), *method.modules()})
         if tensors:
-            save_file(on_their_own(tensors), beside / "perdure.safetensors")
+            write_tensors(beside / "perdure.safetensors", tensors)
             about = {"method": config["method"], "options": config["options"], "values": values, "beside": left}
             write_json(beside / "perdure.json", about)
     return left

@@ -53,6 +53,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         raise PerdureError(f"{folder} holds no run (it has no config.json). Start one with: perdure run --out {folder}")
     config = read_json(folder / "config.json")
+    if (folder / "perdure.json").exists():
+        raise PerdureError(
+            f"{folder} is an export: it answers (perdure predict {folder} PICTURES), and that is all. Give the folder that it "
+            "was made from."
+        )
+    if isinstance(config, dict) and "format" not in config and "model_type" in config:
+        raise PerdureError(
+            f"{folder} holds a model as transformers keep it, not a run. Give it as a model: --from {folder} (learn), or "
+            f"model={folder} (run)."
+        )
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise PerdureError(f"{folder} was written by another version of perdure (format {FORMAT} is read here).")
     if lacking := sorted(NEEDED - set(config)):

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from perdure.core.caller import undisturbed
 from perdure.core.config import options, pairs, resolve
 from perdure.core.errors import PerdureError
@@ -36,7 +34,7 @@ def generate(
         suits = {key: value for key, value in data.defaults.get("all", {}).items() if key in known}
         values = resolve(known, suits, given, complaints=complaints)
         settings = Settings(**{k: values.pop(k) for k in GENERAL}).settled(data)
-        torch.set_num_threads(settings.threads)
+        settings.take_effect()
         total = 0
         for seed in seeds:
             learned: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,9 @@ def reopen(
     os.environ.setdefault("PERDURE_DATA", config.get("data_root", "data"))
     if not isinstance(stream, Stream):
         stream = reopened("stream", config["stream"], sources.get("stream", {}))
-    whole = without(find_stream(stream)[0](), config.get("left_out", []))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were given when the run began
+        whole = without(find_stream(stream)[0](), config.get("left_out", []))
     data = Settings.recorded(config["settings"]).select(whole, config["seed"])
     if data.digest != config["split"]:
         raise PerdureError(

@@ -21,7 +21,8 @@ Reason = tuple[str, float]  # what decided, in words, and what it contributed
 
 @dataclass(frozen=True)
 class Expert:
-    """Weights that answer, and their say. ``weights`` None: those that the model holds after the last task.
+    """Weights that answer, and their say. ``weights`` None: those that the model holds after the last task. ``name`` is what
+    tells weights apart: other weights need another name, for as long as the model lives, or those it holds already answer.
 
     ``gate``: one for all images, or one an image (N,); where it is 0 the expert is not asked. ``features``: of the images
     by these weights, where they are known already.

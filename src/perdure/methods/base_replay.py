@@ -119,7 +119,6 @@ class ReplayMethod(Method):
         index = batch.get("index")
         if index is None:  # whoever made the batch keeps no count of images: they are not the task's
             return
-        index = index.cpu()
         new = index[self.unseen[index]]
         self.unseen[new] = False
         if len(new):

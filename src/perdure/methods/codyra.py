@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -114,8 +113,8 @@ class CoDyRA(Method):
         logits = clip.similarity(clip.encode_image(batch.images), texts)
         losses = {"task": classification(logits, batch.labels, c.label_smoothing, self.group)}
         if c.towers != "text":
-            hits = F.one_hot(batch.labels, logits.shape[1]).to(logits.dtype)
-            losses["text_side"] = -(hits * logits.log_softmax(0)).sum() / self.rows
+            own = logits.log_softmax(0).gather(1, batch.labels[:, None])
+            losses["text_side"] = -own.sum() / self.rows
         backward(**losses)
 
     def kappa(self, iteration: int) -> float:

@@ -13,13 +13,15 @@ merged ones (Marczak et al., ECCV 2024, arXiv:2407.06322).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from perdure.core.packing import Frozen
 from perdure.core.weights import Weights, floating, interpolate
 from perdure.data.task import Task
 from perdure.methods.base import METHODS, Method, Row, State, register
@@ -41,14 +43,22 @@ class Config:
 
 @dataclass
 class Merged(State):
-    """What the next task is merged with: by tensor, names after a slash."""
+    """What the next task is merged with: tensors by name, an entry ``WHAT COUNT`` each. ``mean`` (average): of weights;
+    ``total``: Σ δ (sum), the largest δ (magmax), Σ of positive ones (ties); ``negative`` and ``votes`` (ties): Σ of negative δ,
+    and positive δ (0, …) and negative ones (1, …), counted; ``last`` (magmax): the weights last tuned. Large ones stay in the
+    files of the task that made them."""
 
-    mean: dict[str, Tensor] = field(default_factory=dict)  # average, of weights
-    total: dict[str, Tensor] = field(default_factory=dict)  # sum: Σ δ; magmax: the largest δ; ties: Σ of positive ones
-    negative: dict[str, Tensor] = field(default_factory=dict)  # ties: Σ of negative δ
-    votes: dict[str, Tensor] = field(default_factory=dict)  # ties: positive δ (0, …) and negative ones (1, …), counted
-    last: dict[str, Tensor] = field(default_factory=dict)  # magmax: the weights last tuned
+    sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     count: int = 0
+
+    def of(self, what: str) -> Mapping[str, Tensor]:
+        """What the tasks so far have left; nothing before the first."""
+        return self.sums.get(f"{what} {self.count}", {})
+
+    def renew(self, sums: Mapping[str, dict[str, Tensor]]) -> None:
+        """One task more: these in the place of what was."""
+        self.count += 1
+        self.sums = {f"{what} {self.count}": Frozen(tensors) for what, tensors in sums.items()}
 
 
 @register("merge", role="fuse")
@@ -60,52 +70,60 @@ class Merge(Method):
     state: Merged
 
     def start(self, task: Task) -> None:
-        if self.config.rule == "magmax" and self.state.last:
-            self.clip.load_weights(f"tuned {self.state.count}", self.state.last)
+        if self.config.rule == "magmax" and self.state.count:
+            self.clip.load_weights(f"tuned {self.state.count}", self.state.of("last"))
         elif self.config.rule != "interpolate":
             self.clip.restart()
         elif self.config.towards == "previous":
             self.before = self.clip.weights()
 
     def fuse(self, task: Task) -> None:
-        tuned, state = self.clip.weights(), self.state
-        state.count += 1
-        if self.config.rule == "interpolate":
+        tuned, state, rule = self.clip.weights(), self.state, self.config.rule
+        sums: dict[str, dict[str, Tensor]] = {}
+        if rule == "interpolate":
             back = self.before if self.config.towards == "previous" else self.clip.pretrained
             merged = interpolate(back, tuned, self.config.alpha)
-        elif self.config.rule == "average":
-            merged = interpolate(state.mean, tuned, 1 / state.count) if state.mean else tuned
-            state.mean = merged
+        elif rule == "average":
+            merged = interpolate(state.of("mean"), tuned, 1 / (state.count + 1)) if state.count else tuned
+            sums = {"mean": merged}
         else:
-            merged = self.merged(tuned)
-        if self.config.rule == "magmax":
-            state.last = tuned
+            merged, sums = self.merged(tuned)
+            sums |= {"last": tuned} if rule == "magmax" else {}
+        state.renew(sums)
         self.clip.load_weights(f"merged {task.name}", merged)
 
-    def merged(self, tuned: Weights) -> dict[str, Tensor]:
-        """θ⁰ + scale·(the deltas so far and that of ``tuned``, merged)."""
-        origin, state, rule = self.clip.pretrained, self.state, self.config.rule
-        merged = dict(origin)
+    def unpack_state(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        super().unpack_state(files, values)
+        for key, tensor in files.get("state", {}).items():  # of runs that kept all in one file
+            what, _, name = key.partition("/")
+            self.state.sums.setdefault(f"{what} {self.state.count}", {})[name] = tensor
+
+    def merged(self, tuned: Weights) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """θ⁰ + scale·(the deltas so far and that of ``tuned``, merged), and what the next task is merged with."""
+        origin, rule = self.clip.pretrained, self.config.rule
+        merged, sums = dict(origin), dict[str, dict[str, Tensor]]()
+        total = self.state.of("total")
         for name in floating(origin):
             delta = tuned[name] - origin[name]
             if rule == "ties":
-                joint = self.elected(name, trimmed(delta, self.config.density))
+                joint, new = self.elected(name, trimmed(delta, self.config.density))
             else:
-                before = state.total.get(name, torch.zeros_like(delta))
+                before = total[name] if total else torch.zeros_like(delta)
                 joint = before + delta if rule == "sum" else torch.where(delta.abs() > before.abs(), delta, before)
-                state.total[name] = joint
+                new = {"total": joint}
+            for what, tensor in new.items():
+                sums.setdefault(what, {})[name] = tensor
             merged[name] = origin[name] + self.config.scale * joint
-        return merged
+        return merged, sums
 
-    def elected(self, name: str, delta: Tensor) -> Tensor:
-        """TIES: the mean of the trimmed deltas that have the elected sign."""
-        state, zero = self.state, torch.zeros_like(delta)
-        state.total[name] = state.total.get(name, zero) + delta.clamp_min(0)
-        state.negative[name] = state.negative.get(name, zero) + delta.clamp_max(0)
-        state.votes[name] = state.votes.get(name, torch.stack([zero, zero])) + torch.stack([delta > 0, delta < 0])
-        positive, negative = state.total[name], state.negative[name]
-        up, down = state.votes[name].clamp_min(1)
-        return torch.where(positive + negative > 0, positive / up, negative / down)
+    def elected(self, name: str, delta: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """TIES: the mean of the trimmed deltas that have the elected sign, and the sums that it is made of."""
+        state, signs = self.state, torch.stack([delta > 0, delta < 0]).to(delta.dtype)
+        new = {"total": delta.clamp_min(0), "negative": delta.clamp_max(0), "votes": signs}
+        if state.count:
+            new = {what: state.of(what)[name] + tensor for what, tensor in new.items()}
+        up, down = new["votes"].clamp_min(1)
+        return torch.where(new["total"] + new["negative"] > 0, new["total"] / up, new["negative"] / down), new
 
 
 def trimmed(delta: Tensor, density: float) -> Tensor:

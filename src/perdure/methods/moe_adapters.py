@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from perdure.core import processes
@@ -40,7 +40,7 @@ from perdure.data.task import Batch, Context, Query, Task
 from perdure.methods.base import Expert, Method, State, Training, register
 from perdure.models.clip import CLIP
 from perdure.models.experts import attach
-from perdure.synthesis.reference import strangers
+from perdure.synthesis.reference import folder, strangers
 from perdure.synthesis.replay import Replay, Synthesis
 from perdure.training.fit import Backward
 from perdure.training.schedule import Schedule
@@ -63,6 +63,7 @@ class Config(Selection, Synthesis, Training):
     ] = False
     reference: Annotated[
         str,
+        AfterValidator(folder),
         Field(
             description="the selector's reference set: synthetic | none | a folder; auto: synthetic where it can be drawn"
         ),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
+from perdure.core.tensors import plain_errors
 from perdure.models import hub, loading
 from perdure.models.held import fingerprint_of
 from perdure.models.loading import Preprocessing
@@ -76,6 +77,7 @@ class CLIP(TwoTowers):
             )
         lengths = ends.int().argmax(1) + 1
         self.check_lengths(prompts, lengths)
+        self.check_known(ids)
         return ids[:, : int(lengths.max())].to(self.device)
 
     def seen(self, images: Tensor, hidden: bool = False) -> Any:
@@ -124,6 +126,15 @@ class CLIP(TwoTowers):
             "preprocessing": {"side": self.size, "mean": list(own.mean), "std": list(own.std), **vars(own.fit)},
         }
 
+    def check_known(self, ids: Tensor) -> None:
+        """Refuse tokens that the text tower has no embedding of."""
+        known = self.backbone.config.text_config.vocab_size
+        if int(ids.max()) >= known:
+            raise PerdureError(
+                f"The tokenizer of {self.path} makes tokens up to number {int(ids.max())}, and the text tower knows {known}. "
+                "Use the tokenizer that belongs to the model."
+            )
+
     def check_loaded(self) -> None:
         """Refuse a checkpoint whose texts could not be read where this architecture reads them."""
         if self.tokenizer.eos_token_id is None:
@@ -151,7 +162,7 @@ class CLIP(TwoTowers):
             **self.size_keys(), image_mean=mean, image_std=std, do_convert_rgb=True,
             resample=loading.NUMBER[self.fit.resample],
         )  # fmt: skip
-        with loading.quiet():
+        with loading.quiet(), plain_errors():
             plain.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         processor.save_pretrained(folder)

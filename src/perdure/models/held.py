@@ -148,7 +148,8 @@ class Held(nn.Module):
     @property
     def remembers(self) -> bool:
         """Whether what is asked of the weights it holds is kept."""
-        return self.asked_to_remember and self._fixed is not None and not torch.is_autocast_enabled()
+        rounds = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+        return self.asked_to_remember and self._fixed is not None and not rounds
 
     def recall(self, question: Hashable, about: Any, compute: Callable[[], T]) -> T:
         """``compute()`` by the weights it holds, or, while ``remembering``, what that gave before; see ``Memory.recall``."""

@@ -66,6 +66,7 @@ class SigLIP(CLIP):
         context = self.backbone.config.text_config.max_position_embeddings
         ids = self.tokenizer(list(prompts), padding="max_length", max_length=context, verbose=False).input_ids
         self.check_lengths(prompts, torch.tensor([len(own) for own in ids]))
+        self.check_known(torch.tensor(ids))
         return torch.tensor(ids, device=self.device)
 
     def read(self, ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from perdure.data.places import InMemory
+from perdure.launch.learner.answers import names_in
 from perdure.serve.limits import MB, Limits, Refused
 from perdure.serve.worker import Question
 
@@ -118,7 +119,7 @@ class Body:
 
 def classes_of(words: Mapping[str, list[str]], limits: Limits) -> tuple[str, ...] | None:
     """The names to tell apart; None: those learned."""
-    names = tuple(" ".join(name.split()) for text in words["classes"] for name in text.split(",") if name.strip())
+    names = tuple(name for text in words["classes"] for name in names_in(text))
     if len(names) > limits.names:
         raise Refused(400, f"{len(names):,} classes are asked for; allowed are {limits.names:,}.")
     return names or None

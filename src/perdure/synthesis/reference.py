@@ -12,9 +12,9 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from perdure.core.errors import PerdureError
-from perdure.core.paths import expanded
+from perdure.core.paths import expanded, placed
 from perdure.core.seeding import derive
-from perdure.data.files import Files, Pixels, cannot_be_opened
+from perdure.data.files import Files, Pixels, cannot_be_read
 from perdure.data.folders import pictures
 from perdure.data.task import Context, Task
 from perdure.models.clip import CLIP
@@ -22,14 +22,12 @@ from perdure.synthesis.prompts import IMAGENET_TEMPLATE, vocabulary
 from perdure.synthesis.replay import Replay, Synthesis
 
 NAMED = ("synthetic", "drawings", "own")
-LOOKED_AT = 1000  # pictures of a folder that are opened before anything is computed
 WORDS = 10  # in a random sentence
 
 
-def placed(text: str) -> str:
-    """A folder so that it means the same in another working directory; names of what is no folder stay."""
-    place = expanded(text)
-    return str(place.resolve()) if text and text not in NAMED and place.exists() else text
+def folder(text: str) -> str:
+    """A word for references as it is; a folder so that it means the same in another working directory."""
+    return text if text in (*NAMED, "auto", "none") else placed(text)
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class ReferenceRecipe(Synthesis):
 
     reference: Annotated[
         str,
-        AfterValidator(placed),
+        AfterValidator(folder),
         Field(
             description="reference images: synthetic | drawings (real ones of the stream's world) | own (the task's) | a "
             "folder of pictures"
@@ -91,7 +89,7 @@ class Reference:
                 f"{', '.join(NAMED)}."
             )
         paths = pictures(folder)
-        if bad := cannot_be_opened(Files(tuple(paths), self.clip.size), LOOKED_AT):
+        if bad := cannot_be_read(Files(tuple(paths), self.clip.size)):
             raise PerdureError(
                 f"reference={folder}: {len(bad)} of its pictures cannot be read, {bad[0]} the first. Put them right or "
                 "take them away."

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from perdure.core.packing import Packed
+from perdure.core.paths import placed
 from perdure.data.task import Batch
 from perdure.ops.concepts import Spread, agreement
 from perdure.ops.losses import classification
@@ -23,10 +24,14 @@ class BottleneckOptions:
     """Which concepts there are, how some are chosen, how the bottleneck is trained."""
 
     concepts: Annotated[
-        str, Field(description="JSON file {class: [concept, …]}; empty: words of the vocabulary near each class")
+        str,
+        AfterValidator(placed),
+        Field(description="JSON file {class: [concept, …]}; empty: words of the vocabulary near each class"),
     ] = ""
     concept_names: Annotated[
-        str, Field(description="JSON file of the classes' names by the ids of concepts; empty: it has the names")
+        str,
+        AfterValidator(placed),
+        Field(description="JSON file of the classes' names by the ids of concepts; empty: it has the names"),
     ] = ""
     prefix: Annotated[str, Field(description="what a concept of a file is read after")] = (
         "A bad photo of an object with "

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from perdure.core import processes
-from perdure.data.files import crops
+from perdure.core.device import sent
+from perdure.core.precision import autocast
+from perdure.data.files import CPU, crops
 from perdure.data.loader import ahead
 from perdure.data.task import Batch, Task
 from perdure.data.transforms import some_numbers
@@ -22,6 +24,7 @@ from perdure.training.learner import Backward, Gradients, Learner, Regulariser, 
 from perdure.training.processes import averaged, whole
 from perdure.training.progress import NOTHING_KEPT, Place, Saver
 from perdure.training.record import LOOK, Losses, check_finite, check_reached, course
+from perdure.training.scale import Scale
 from perdure.training.schedule import Schedule
 
 __all__ = [
@@ -58,15 +61,15 @@ def fit(
 ) -> Losses:
     """Train on one task; return every loss by name, one value a step.
 
-    ``image_size``: the side of the augmented crops, in pixels. ``precision``: ``bf16`` computes under autocast, with the
-    weights and the optimiser in fp32; ``fp32`` computes as stored. ``workers``: threads that read pictures ahead. Same
-    generator, same task, same bits, whatever their number. ``saver``: who keeps the training as it goes, and knows where it
-    was broken off.
+    ``image_size``: the side of the augmented crops, in pixels. ``precision``: ``bf16`` and ``fp16`` compute under autocast,
+    with the weights and the optimiser in fp32 (``fp16`` with its losses scaled); ``fp32`` computes as stored. ``workers``:
+    threads that read pictures ahead. Same generator, same task, same bits, whatever their number. ``saver``: who keeps the
+    training as it goes, and knows where it was broken off.
     """
     while True:
         skipped = saver.begin(learner, generator)
         plan = learner.schedule(task).over(len(task.train))
-        with contextlib.closing(drawn(task, plan, generator, image_size, workers, skipped)) as draws:
+        with contextlib.closing(drawn(task, plan, generator, image_size, workers, skipped, device)) as draws:
             losses = optimise(learner, plan, draws, device, precision, on_step, task.name, saver)
         if not losses.steps or not learner.again(task):
             learner.finish(task)
@@ -74,8 +77,9 @@ def fit(
 
 
 def drawn(
-    task: Task, plan: Schedule, generator: torch.Generator, image_size: int, workers: int = 0, skipped: int = 0
-) -> Generator[Batch, None, None]:
+    task: Task, plan: Schedule, generator: torch.Generator, image_size: int, workers: int = 0, skipped: int = 0,
+    device: torch.device = CPU,
+) -> Generator[Batch, None, None]:  # fmt: skip
     """The task's training images in batches without end, cropped at random where the plan says so. The first ``skipped`` are
     drawn, here and now, and not read. Of pictures in files, processes that share a run read each its rows of a batch (see
     ``processes.whole``)."""
@@ -92,7 +96,9 @@ def drawn(
         if parts:
             own = processes.worked(len(index))
             index, numbers = index[own], None if numbers is None else numbers[..., own]
-        return pixels[index] if numbers is None else crops(pixels, index, image_size, numbers)
+        if numbers is None:
+            return pixels[index]
+        return crops(pixels, index, image_size, sent(numbers, device) if in_memory else numbers)
 
     def batches_read(todo: Iterator[tuple[Tensor, Tensor | None]]) -> Generator[Batch, None, None]:
         for (index, _), images in ahead(todo, read, 0 if in_memory else workers, generator):
@@ -121,12 +127,13 @@ def optimise(
     optimizer, trained = plan.optimizer_of(parameters), list(parameters.values())
     begun = saver.take_up(parameters, optimizer)
     record, reached = begun.record, begun.reached
+    scale = (begun.scale or Scale()) if precision == "fp16" else None
     # whatever the caller has switched off
     with torch.inference_mode(False), torch.enable_grad(), learner.regularised() as more:
         for step in range(begun.step, begun.step if begun.last else plan.steps):
             losses: dict[str, Tensor] = {}
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                learner.step(whole(next(draws), device), Accumulator(parameters, losses, more))
+            with autocast(device, precision):
+                learner.step(whole(next(draws), device), Accumulator(parameters, losses, more, scale))
             reached = reached or any(p.grad is not None for p in trained)
             plan.set(optimizer, step)
             if plan.clip is not None:
@@ -141,7 +148,9 @@ def optimise(
             if last or (step + 1) % LOOK == 0:
                 check_finite(record, name)
                 check_reached(reached, step + 1, name)
-            saver.stepped(Place(step + 1, last, reached, record))
+            if scale:
+                scale.stepped()
+            saver.stepped(Place(step + 1, last, reached, record, scale))
             if last:
                 break
     return course(record)
@@ -177,9 +186,10 @@ class Accumulator:
     """The ``backward`` of one step; writes each loss into ``losses``."""
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], losses: dict[str, Tensor], regulariser: Regulariser | None = None
-    ):
-        self.parameters, self.losses, self.regulariser = parameters, losses, regulariser
+        self, parameters: Mapping[str, Tensor], losses: dict[str, Tensor], regulariser: Regulariser | None = None,
+        scale: Scale | None = None,
+    ):  # fmt: skip
+        self.parameters, self.losses, self.regulariser, self.scale = parameters, losses, regulariser, scale
 
     def __call__(self, **losses: Tensor) -> Gradients:
         if self.regulariser is not None:
@@ -198,7 +208,8 @@ class Accumulator:
             return dict.fromkeys(self.parameters)
         # Autocast would round what flows back through the parts that were computed in fp32 on purpose.
         with torch.autocast(rooted[0].device.type, enabled=False):
-            found = torch.autograd.grad(torch.stack(rooted).sum(), list(self.parameters.values()), allow_unused=True)
+            loss, own = torch.stack(rooted).sum(), list(self.parameters.values())
+            found = self.scale.gradients(loss, own) if self.scale else torch.autograd.grad(loss, own, allow_unused=True)
         gradients: Gradients = dict(zip(self.parameters, averaged(found), strict=True))
         for name, gradient in gradients.items():
             if gradient is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from perdure.core import processes
+from perdure.core.device import sent
 from perdure.core.processes import barrier, count, main, rank
 from perdure.data.batch import Batch
 
@@ -26,7 +27,7 @@ def whole(batch: Batch, device: torch.device) -> Batch:
     if "parts" not in batch:
         return batch.to(device)
     fields = {name: value for name, value in batch.fields.items() if name != "parts"}
-    images = processes.gathered(batch.images.to(device), batch.parts)  # as bytes, where they are
+    images = processes.gathered(sent(batch.images, device), batch.parts)  # as bytes, where they are
     return Batch(**{**fields, "images": images}).to(device)
 
 

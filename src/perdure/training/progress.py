@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from perdure.core.packing import Packed
 from perdure.core.seeding import random_states, set_random_states
+from perdure.training.scale import Scale
 
 Record = list[dict[str, Tensor]]
 
@@ -34,12 +35,14 @@ class Holds(Protocol):
 
 @dataclass
 class Place:
-    """Where a training stands: after how many steps, whether that is its end, whether any gradient came, and the losses."""
+    """Where a training stands: after how many steps, whether that is its end, whether any gradient came, and the losses; what
+    they are scaled with, in fp16."""
 
     step: int = 0
     last: bool = False
     reached: bool = False
     record: Record = field(default_factory=list)
+    scale: Scale | None = None
 
 
 @dataclass
@@ -106,7 +109,8 @@ class Keeper(Saver):
         set_random_states(found.files["random"])
         device = next(iter(parameters.values())).device
         record = unpack_record(found.files.get("losses", {}), found.values["losses"], found.step, device)
-        place = Place(found.step, found.last, found.values["reached"], record)
+        scale = Scale(*found.values["scale"]) if "scale" in found.values else None
+        place = Place(found.step, found.last, found.values["reached"], record, scale)
         self.told(place)
         return place
 
@@ -126,6 +130,8 @@ class Keeper(Saver):
         if not place.last:
             files["optimizer"] = optimizer_state(self.optimizer, self.parameters)
         told = {"own": values, "losses": names, "reached": place.reached}
+        if place.scale:
+            told["scale"] = [place.scale.value, place.scale.steps]
         self.keep(Snapshot(place.step, place.last, {name: t for name, t in files.items() if t}, told))
 
 

@@ -68,12 +68,18 @@ def rows_of(table: Any, keys: Mapping[str, str], side: str, where: str) -> list[
     """The pictures of one split."""
     datasets = package()
     image = column(table, keys.get("image_key", ""), datasets.Image, "image", where)
-    label = column(table, keys.get("label_key", ""), datasets.ClassLabel, "label", where)
-    labels = labels_of(table, label, where)
-    text = keys.get("text_key", "")
+    text, asked = keys.get("text_key", ""), keys.get("label_key", "")
     if text and text not in table.features:
         raise PerdureError(f"{where} has no column '{text}'.{nearest(text, table.features)}")
-    texts = [str(one or "").strip() for one in table[text]] if text else [""] * len(labels)
+    texts = [str(one or "").strip() for one in table[text]] if text else [""] * len(table)
+    if text and not asked and not any(isinstance(one, datasets.ClassLabel) for one in table.features.values()):
+        labels = [""] * len(table)
+        if lacking := [number for number, one in enumerate(texts) if not one]:
+            raise PerdureError(
+                f"{where}: {len(lacking)} of {len(texts)} rows have no text under '{text}', row {lacking[0]} the first."
+            )
+    else:
+        labels = labels_of(table, column(table, asked, datasets.ClassLabel, "label", where), where)
     if not isinstance(table.features[image], datasets.Image):
         raise PerdureError(f"{where}: the column '{image}' holds no pictures, but {table.features[image]}.")
     kept = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -16,6 +17,7 @@ from perdure.core.state import read_json
 from perdure.data.task import Class, Task
 
 WORDLESS = re.compile(r"(class|label|category|n)?[ _]*\d+")
+BELOW = re.compile(r"-\d+")
 FORM = "{label: name}, {label: [name, other words for it]}, or of numbered classes a list of names"
 
 
@@ -64,7 +66,9 @@ def words_of(label: str, given: Mapping[str, Any]) -> tuple[str, ...]:
             f"classes.json: the class '{label}' must be given one name, or a list of words for it, not {said!r}. "
             f"Wanted: {FORM}."
         )
-    return tuple(dict.fromkeys(words))
+    return tuple(
+        dict.fromkeys(unicodedata.normalize("NFC", word) for word in words)
+    )  # as some systems name files: in parts
 
 
 def classes_of(
@@ -89,9 +93,15 @@ def classes_of(
 
 
 def check_numbers(labels: Sequence[str], given: Mapping[str, Any], where: str) -> None:
-    """Refuse numbers that go beyond the names for numbers."""
+    """Refuse numbers that go beyond the names for numbers, and those below 0 that have no name."""
     known = [int(label) for label in given if label.isdecimal()]
     beyond = [label for label in labels if label.isdecimal() and label not in given]
+    below = [label for label in labels if BELOW.fullmatch(label) and label not in given]
+    if below:
+        raise PerdureError(
+            f"{where}: the label {below[0]} has no name. Labels are numbered from 0; where it means that nobody knows the "
+            "class, leave these pictures out, else name it in classes.json."
+        )
     if known and beyond:
         raise PerdureError(
             f"{where}: the label {beyond[0]} has no name; there are names for {min(known)} … {max(known)}. Labels are "

@@ -9,13 +9,13 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from perdure.benchmarks import mini
-from perdure.benchmarks.own.names import classes_of, say_shared
+from perdure.benchmarks.own.names import classes_of, plain, say_shared
 from perdure.benchmarks.own.told import Told
 from perdure.core.errors import PerdureError
 from perdure.core.state import as_json, digest
@@ -32,8 +32,8 @@ SIDE = 32  # pixels, until the model says its own
 
 @dataclass(frozen=True)
 class Row:
-    """A picture as it was found. ``name`` identifies it within its stream; ``label``: its class as it is written there;
-    ``side``: ``train``, ``test``, or empty where it comes without a split."""
+    """A picture as it was found. ``name`` identifies it within its stream; ``label``: its class as it is written there, empty
+    where it has a caption alone; ``side``: ``train``, ``test``, or empty where it comes without a split."""
 
     source: Source
     name: str
@@ -80,7 +80,11 @@ def task_of(found: Found, index: int) -> tuple[Task, list[list[Any]]]:
     if not found.rows:
         raise PerdureError(f"{found.where} holds no pictures.")
     train, test = sides_of(found)
-    labels = in_order({row.label for row in train})
+    if not all(row.label for row in found.rows):
+        found, train, test = by_text(found, train, test)
+        labels = in_order({row.label for row in (*train, *test)})  # a picture is looked for among all texts
+    else:
+        labels = in_order({row.label for row in train})
     if odd := in_order({row.label for row in test} - set(labels)):
         raise PerdureError(
             f"{found.where}: there are no training pictures of the class '{odd[0]}', but there are test pictures."
@@ -103,6 +107,28 @@ def task_of(found: Found, index: int) -> tuple[Task, list[list[Any]]]:
         for row in side
     ]
     return Task(found.name, classes, sides[0], sides[1], index), marks
+
+
+def by_text(found: Found, train: Sequence[Row], test: Sequence[Row]) -> tuple[Found, list[Row], list[Row]]:
+    """A task whose pictures have captions and no classes: each text is a class, asked for as it stands. Texts that differ in
+    case and spaces alone are one."""
+    lacking = sum(not row.label for row in found.rows)
+    if lacking < len(found.rows):
+        raise PerdureError(
+            f"{found.where}: {lacking} of its {len(found.rows)} pictures have a text but no class, the others have one. Give "
+            "each its class, or none of them."
+        )
+    texts: dict[str, str] = {}
+    for row in found.rows:
+        texts.setdefault(plain(row.caption), row.caption)
+    warnings.warn(
+        f"{found.where}: its pictures have texts and no classes, so that each of {len(texts)} texts is asked for as it stands, "
+        "and a test picture counts as right where its own text fits it best. loss=contrastive learns pictures and texts as "
+        "pairs; a method of classes takes each text for one.",
+        stacklevel=2,
+    )
+    one, two = ([replace(row, label=texts[plain(row.caption)]) for row in side] for side in (train, test))
+    return replace(found, names={text: text for text in texts.values()}, templates=("{}",)), one, two
 
 
 def in_order(labels: set[str]) -> list[str]:

@@ -33,7 +33,7 @@ def shards_of(folder: Path) -> list[Path]:
 
 
 def shard_rows(shards: list[Path], base: Path, side: str) -> list[Row]:
-    """The pictures of some tars. ``PerdureError`` for those that have no class."""
+    """The pictures of some tars. ``PerdureError`` for those that have neither class nor text."""
     rows, odd, unlabelled = list[Row](), list[str](), list[str]()
     for shard in shards:
         for key, parts in samples(shard).items():
@@ -44,14 +44,15 @@ def shard_rows(shards: list[Path], base: Path, side: str) -> list[Row]:
             if not seen:
                 continue
             picture, label = parts[seen[0]], label_of(parts)
-            if not label:
+            text = text_of(parts[".txt"]) if ".txt" in parts else ""
+            if not label and not text:
                 unlabelled.append(str(picture))
             name = f"{shard.relative_to(base).as_posix()}/{picture.name}"
-            rows.append(Row(picture, name, label, side, text_of(parts[".txt"]) if ".txt" in parts else ""))
+            rows.append(Row(picture, name, label, side, text))
     if unlabelled:
         raise PerdureError(
-            f"{len(unlabelled)} of {len(rows)} pictures have no class, {unlabelled[0]} the first. Each needs a .cls, or a "
-            ".json with the key 'label', under its own name."
+            f"{len(unlabelled)} of {len(rows)} pictures have no class and no text, {unlabelled[0]} the first. Each needs a "
+            ".cls, a .json with the key 'label', or a caption as .txt, under its own name."
         )
     if odd:
         warnings.warn(f"{len(odd)} files in tars belong to no picture and are left out: {odd[0]}, …", stacklevel=2)

@@ -1,8 +1,8 @@
 """Pictures listed in a table: ``metadata.csv`` or ``.jsonl`` beside them, or a CSV or JSON-lines file as a stream.
 
 A row names a picture (``file_name``, as seen from the table) and its class (``label``); ``text`` is a caption that the picture
-is trained with. A table as a stream may have other columns for them, and one for the split and one for the task; tasks come
-in the order in which the table first names them.
+is trained with, beside its class or alone. A table as a stream may have other columns for them, and one for the split and one
+for the task; tasks come in the order in which the table first names them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def rows_in(table: Path, keys: Mapping[str, str]) -> list[tuple[str, Row]]:
     """The pictures of a table, each with the name of its task (empty: the table has no column for it)."""
     lines = lines_of(table)
     columns = chosen(table, list(lines[0][1]), keys)
-    for key in ("image_key", "label_key", "split_key", "task_key"):
+    told = "label_key" if "label_key" in columns else "text_key"
+    for key in ("image_key", told, "split_key", "task_key"):
         empty = [number for number, cells in lines if key in columns and not cells[columns[key]]]
         if empty:
             raise PerdureError(
@@ -104,7 +105,8 @@ def row_of(table: Path, number: int, cells: Mapping[str, str], columns: Mapping[
         if not side:
             raise PerdureError(f"{table}, line {number}: the split is 'train', 'test' or 'val', not '{word}'.")
     caption = cells.get(columns.get("text_key", ""), "")
-    return Row(table.parent / expanded(name), name, cells[columns["label_key"]], side, caption)
+    label = cells[columns["label_key"]] if "label_key" in columns else ""
+    return Row(table.parent / expanded(name), name, label, side, caption)
 
 
 def chosen(table: Path, columns: Sequence[str], keys: Mapping[str, str]) -> dict[str, str]:
@@ -119,13 +121,8 @@ def chosen(table: Path, columns: Sequence[str], keys: Mapping[str, str]) -> dict
             raise PerdureError(
                 f"{table} has no column '{asked}'.{nearest(asked, columns)} Columns: {', '.join(columns)}."
             )
-    if "label_key" not in out and "text_key" in out:
-        raise PerdureError(
-            f"{table} has texts but no classes, and without classes nothing can be evaluated. Add a column 'label' that "
-            f"says what each picture shows; the texts under '{out['text_key']}' are then trained with beside it."
-        )
     for key in ("image_key", "label_key"):
-        if key not in out:
+        if key not in out and not (key == "label_key" and "text_key" in out):  # captions alone are trained with, too
             raise PerdureError(
                 f"{table} has no column '{USUAL[key]}'.{nearest(USUAL[key], columns)} Columns: {', '.join(columns)}. Say which "
                 f"it is, of a table as a stream with --{key.replace('_', '-')}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def loudest(experts: Sequence[Expert], count: int) -> tuple[list[str], list[floa
     return [experts[k].name for k in places.tolist()], shares.tolist()
 
 
+def names_in(text: str) -> list[str]:
+    """The names in a text, with commas between; one that holds a comma stands in quotation marks."""
+    try:
+        found = [name for row in csv.reader([" ".join(text.split())], skipinitialspace=True) for name in row]
+    except csv.Error:  # longer than any name
+        found = text.split(",")
+    return [name for name in map(str.strip, found) if name]
+
+
 def competing(learned: Sequence[Learned], words: Sequence[str] | None) -> tuple[Class, ...]:
     """The classes that a question is about: those of ``words`` (as they were learned, where they were), or all learned."""
     known = all_classes([one.task(k) for k, one in enumerate(learned)])
@@ -143,7 +153,13 @@ class Reader:
 def listed(images: str | Path | Sequence[str | Path | InMemory]) -> list[Path | InMemory]:
     """The pictures that are meant: files as they are, of folders all pictures below them, sorted."""
     out: list[Path | InMemory] = []
-    for one in [images] if isinstance(images, str | Path) else images:
+    several = [images] if isinstance(images, str | Path) else images
+    if not isinstance(several, Sequence) or not all(isinstance(one, str | Path | InMemory) for one in several):
+        raise PerdureError(
+            "Pictures are paths, folders, a list of them, or a tensor (N, 3, H, W), uint8 or float in 0 … 1; a picture of "
+            "Pillow or an array becomes one by torchvision.transforms.functional.pil_to_tensor(…)[None]."
+        )
+    for one in several:
         if isinstance(one, InMemory):
             out.append(one)
             continue

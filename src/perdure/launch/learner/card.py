@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from perdure.engine.home import Learned
+from perdure.launch.folders import plain
+from perdure.launch.options import method_options
+from perdure.launch.sources import find_method
 
 
 def model_card(
@@ -104,13 +109,27 @@ def commands(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) ->
     first = "" if base == "stream" else f" --from {os.path.basename(base) if os.path.isabs(base) else base}"
     first += f" --method {config['method']}"
     seed = f" --seed {config['seed']}" if config["seed"] else ""
+    about = config.get("home", {})
+    seed += f" --keep {about['keep']}" if about.get("keep", "pictures") != "pictures" else ""
+    if about.get("probe", {}).get("kind") == "pictures":
+        seed += f" --probe {shlex.quote(os.path.basename(about['probe']['folder']))}/"
+    seed += "".join(f" {shlex.quote(word)}" for word in chosen(config))
     out = []
     for one in history:
         if one["state"] not in ("current", "forgotten"):
             continue
         if "forgot" in one:
-            out.append(f"perdure forget HOME {one['forgot']}")
+            out.append(f"perdure forget HOME {shlex.quote(one['forgot'])}")
         else:
             unlabelled = "" if one.get("about", {}).get("classes", True) else " --unlabelled"
-            out.append(f"perdure learn HOME {one['task']}/{unlabelled}" + (first + seed if not out else ""))
+            folder = shlex.quote(f"{one['task']}/")
+            out.append(f"perdure learn HOME {folder}{unlabelled}" + (first + seed if not out else ""))
     return out
+
+
+def chosen(config: Mapping[str, Any]) -> list[str]:
+    """Options that are not the defaults, as the command line takes them, and the precision."""
+    known = {key: option for key, (_, option) in method_options(find_method(config["method"])[0]).items()}
+    values = {key: value for key, value in config["options"].items() if plain(value) != plain(known[key].default)}
+    typed = {key: replace(known[key], default=value).shown for key, value in sorted(values.items())}
+    return [f"{key}={text}" for key, text in {**typed, "precision": config["settings"]["precision"]}.items()]

@@ -15,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from perdure.benchmarks.own.pictures import Pictures
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError, unknown
@@ -30,8 +28,15 @@ from perdure.engine.settings import Settings
 from perdure.engine.watcher import Watcher
 from perdure.launch.learner.answers import Answer, Shown, answered
 from perdure.launch.learner.comparison import Outcome, Outcomes, Row, compared, refusal
-from perdure.launch.learner.making import Asked, can_learn, check_same, configured, elsewhere, read_home
-from perdure.launch.learner.pictures import check_unchanged, pictures_of, planned, prepared, unlabelled_pictures
+from perdure.launch.learner.making import Asked, can_learn, check_same, configured, elsewhere, find_again, read_home
+from perdure.launch.learner.pictures import (
+    check_apart,
+    check_unchanged,
+    pictures_of,
+    planned,
+    prepared,
+    unlabelled_pictures,
+)
 from perdure.launch.learner.probe import probe_of
 from perdure.launch.learner.state import Current, begin, bound, check_task, noted, write_state
 
@@ -54,6 +59,7 @@ class Learner:
         self.asked = Asked(model, method, str(probe or ""), keep, seed, options)
         self.made = read_home(self.folder)
         if self.made is not None:
+            find_again(self.made)
             self.asked = replace(self.asked, method=method or self.made["method"])
             check_same(self.folder, self.made, self.asked)
         self.here = elsewhere(self.asked)
@@ -79,28 +85,29 @@ class Learner:
     # ---- learning
 
     def learn(
-        self,
-        pictures: str | Path | Pictures | Stream,
-        *,
-        name: str = "",
-        max_loss: float | None = None,
-        dry_run: bool = False,
-        unlabelled: bool = False,
-    ) -> Outcomes:
+        self, pictures: str | Path | Pictures | Stream, *, name: str = "", max_loss: float | None = None,
+        dry_run: bool = False, unlabelled: bool = False, told: Callable[[Outcome], None] = lambda outcome: None,
+    ) -> Outcomes:  # fmt: skip
         """Learn the pictures of a folder (``CLASS/*``: one task; ``TASK/CLASS/*``: one after another), or of whatever else
         ``perdure run --stream`` takes.
 
         A result that costs an earlier task or the probe more than ``max_loss`` points is refused: the state before stays
         current, and the new one lies beside it. None: more than 2 points, and more than chance takes. What was learned
         before is not learned again. ``name``: of the task, instead of the folder's. ``dry_run``: say what would be learned.
-        ``unlabelled``: learn from all pictures of a folder without knowing what they show, where the method can.
+        ``unlabelled``: learn from all pictures of a folder without knowing what they show, where the method can. ``told``
+        hears of each task as soon as it is learned: what comes after may fail.
         """
         with undisturbed():
             make, stream = (unlabelled_pictures if unlabelled else pictures_of)(pictures, name)
             config = self.made or configured(self.folder, stream, self.asked, self.watcher.warn)
             can_learn(config, stream)
+            check_apart(self.folder, pictures)
+            for task in stream.tasks:
+                home.check_kept(config["home"]["keep"], task.test)
+            if dry_run or len(stream.tasks) > 1:  # what is wrong with a later task is said before the first is learned
+                plan = planned(stream, home.course(self.folder, tensors=False)[1] if self.made else [])
             if dry_run:
-                return planned(stream, home.course(self.folder, tensors=False)[1] if self.made else [])
+                return plan
             self.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.folder):
                 begin(self.folder, config, self.watcher)
@@ -108,6 +115,7 @@ class Learner:
                 out: list[Outcome] = []
                 for task in stream.tasks:
                     out.append(self.learn_one(task, max_loss, lambda: check_unchanged(make, stream)))
+                    told(out[-1])
                     if not out[-1].accepted:
                         break
                 return Outcomes(out)
@@ -129,7 +137,7 @@ class Learner:
         now = self.current(ready)
         number, view = len(now.states), now.method.clip.view
         task = replace(ready, index=len(now.learned), train=ready.train.at(*view), test=ready.test.at(*view))
-        check_task(task, now.method)
+        said += check_task(task, now)
         self.watcher.begins([*(t.name for t in now.tasks), task.name], [], [])
         self.watcher.learns(task.name, number)
         start, before = time.perf_counter(), now.before(task)
@@ -189,7 +197,7 @@ class Learner:
             now, start = self.current(), time.perf_counter()
             place = {one.name: now.states.index(one.saved) for one in now.learned}
             if name not in place:
-                raise unknown("task", name, place)
+                raise unknown("task", name, place) if place else PerdureError(f"{self.folder} has learned nothing yet.")
             old, then = (read_task(now.states[place[name] - back].folder, tensors=True) for back in (1, 0))
             now.method.forget(name, old.packed(), then.packed())
             rest = replace(now, learned=[one for one in now.learned if one.name != name])
@@ -222,7 +230,7 @@ class Learner:
         or images in memory (N, 3, H, W), uint8 or float in 0 … 1. ``explain``: and why, where the method has concepts."""
         now = self.loaded()
         with undisturbed():
-            torch.set_num_threads(Settings.recorded(self.config["settings"]).threads)
+            Settings.recorded(self.config["settings"]).take_effect()
             return answered(now.method, now.learned, images, classes, topk, explain)
 
     def export(self, out: str | Path) -> list[str]:

@@ -16,10 +16,10 @@ from perdure.engine.home import KEPT, Keep
 from perdure.engine.settings import Settings
 from perdure.launch.configure import Warn, prepare
 from perdure.launch.folders import ELSEWHERE, plain, read_config
-from perdure.launch.learner.probe import described
+from perdure.launch.learner.probe import PROBE, described
 from perdure.launch.options import method_options
 from perdure.launch.runs import built
-from perdure.launch.sources import find_method
+from perdure.launch.sources import find_method, reopened
 from perdure.methods.base import Method
 
 METHOD, UNLABELLED = "ridge_patches", "pfr"  # where none is asked for, of pictures with labels and without
@@ -31,6 +31,11 @@ FOR_RUNS = (
     "task_order",
     "labels",
     "task_id",
+    "base",
+    "increment",
+    "shots_from",
+    "shots_seed",
+    "unreadable",
     "online",
     "evaluate_every",
     "save_every",
@@ -58,7 +63,7 @@ def read_home(folder: Path) -> dict[str, Any] | None:
     if not folder.is_dir():
         raise PerdureError(f"{folder} is a file. A HOME is a folder: give a new one, or one that 'perdure learn' made.")
     if not (folder / "config.json").exists():
-        if any(p for p in folder.iterdir() if not p.name.startswith(".")):
+        if any(p for p in folder.iterdir() if not p.name.startswith(".") and p.name != PROBE):  # which is written first
             raise PerdureError(f"{folder} holds other things. Give a new folder, or one that 'perdure learn' made.")
         return None
     config = read_config(folder)
@@ -67,6 +72,12 @@ def read_home(folder: Path) -> dict[str, Any] | None:
             f"{folder} holds a run, which is finished with its stream. Give a new folder, or one that 'perdure learn' made."
         )
     return config
+
+
+def find_again(config: Mapping[str, Any]) -> None:
+    """Know the HOME's method by its name again: one of a file is read from there."""
+    if source := config.get("source", {}).get("method"):
+        find_method(reopened("method", config["method"], source))
 
 
 def check_same(folder: Path, config: Mapping[str, Any], asked: Asked) -> None:
@@ -83,12 +94,19 @@ def check_same(folder: Path, config: Mapping[str, Any], asked: Asked) -> None:
         wrong.append(("seed", str(asked.seed), str(config["seed"])))
     if asked.probe and str(expanded(asked.probe).resolve()) != about["probe"].get("folder"):
         wrong.append(("probe", asked.probe, about["probe"].get("folder", about["probe"]["kind"])))
+    entry = find_method(config["method"])[0]
+    known = {key: option for key, (_, option) in method_options(entry).items()} | options(Settings)
     for key, value in checked(asked).items():
-        if key not in ELSEWHERE and plain(made[key]) != plain(value):
-            wrong.append((key, str(value), str(made[key])))
+        own = made.get(key, known[key].default)  # an option that came later has its default
+        if key not in ELSEWHERE and plain(own) != plain(value):
+            wrong.append((key, str(value), str(own)))
     if wrong:
         said = "; ".join(f"{key}: {given} was given, it was made with {own}" for key, given, own in wrong)
-        raise PerdureError(f"{folder} is another model in use. {said}. Leave that out, or learn into a new folder.")
+        nothing = not any(p.name[5:7] != "00" for p in folder.glob("task_*"))
+        more = " It has learned nothing yet: delete the folder to begin anew." if nothing else ""
+        raise PerdureError(
+            f"{folder} is another model in use. {said}. Leave that out, or learn into a new folder.{more}"
+        )
 
 
 def checked(asked: Asked) -> dict[str, Any]:
@@ -149,6 +167,11 @@ def configured(folder: Path, stream: Stream, asked: Asked, warn: Warn) -> dict[s
         warn(
             "The embedded CLIP reads pictures at 32 pixels and knows drawings. For photographs give one that knows more, as "
             "--from openai/clip-vit-base-patch16."
+        )
+    if asked.model and (expanded(asked.model) / "perdure.json").exists():
+        warn(
+            f"{asked.model} is an export of perdure: its weights are taken, what answers on top of them (heads, names of "
+            "classes) is not."
         )
     values = {**asked.options, **({} if embedded else {"model": asked.model})}
     config = prepare(asked.method, stream, asked.seed or 0, values, {}, None, warn)

@@ -15,16 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from perdure.benchmarks import mini
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.state import digest, read_json, write_json
-from perdure.core.tensors import read_tensors
+from perdure.core.tensors import read_tensors, write_tensors
 from perdure.data.task import Query
-from perdure.engine.checkpoint import Saved, module_state, on_their_own
+from perdure.engine.checkpoint import Saved, module_state
 from perdure.engine.home import Learned
 from perdure.engine.settings import load_clip
 from perdure.engine.summary import FORMAT
@@ -72,7 +70,7 @@ def write_package(home: Learner, now: Current, beside: Path) -> list[str]:
             load_clip(config, str(mini.MODEL)).save(beside / BASE)
         experts = save_experts(method, now.learned, beside)
     if tensors:
-        save_file(on_their_own(tensors), beside / TENSORS)
+        write_tensors(beside / TENSORS, tensors)
     left = left_out(method, experts)
     model = "." if root == config["weights"] else BASE
     public = {key: value for key, value in config.items() if key != "home"}
@@ -107,6 +105,11 @@ def left_out(method: Method, experts: dict[str, str]) -> list[str]:
 
 
 # ---- and back
+
+
+def is_export(folder: str | Path) -> bool:
+    """Whether a folder holds an export, and no HOME."""
+    return (expanded(folder) / ABOUT).exists()
 
 
 class Exported(Learner):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from perdure.benchmarks import mini
+from perdure.benchmarks import STREAMS, mini
 from perdure.benchmarks.folder import load_folder
 from perdure.benchmarks.own.pictures import Pictures
 from perdure.core.errors import PerdureError
@@ -34,7 +34,10 @@ def pictures_of(what: str | Path | Pictures | Stream, name: str) -> tuple[Callab
         make: Callable[[], Stream] = partial(load_folder, given.settled().path, name)
     else:
         if isinstance(given, Pictures) and not given.kind and any(mark in given.where for mark in "/\\."):
-            raise PerdureError(f"There is no {what}. Give a folder of pictures: CLASS/*, or TASK/CLASS/*.")
+            there = "is a file" if expanded(given.where).exists() else "is not there"
+            raise PerdureError(f"{what} {there}. Give a folder of pictures: CLASS/*, or TASK/CLASS/*.")
+        if isinstance(given, Pictures) and not given.kind and all(e.name != given.where for e in STREAMS):
+            raise PerdureError(f"There is no folder {what}. Give a folder of pictures: CLASS/*, or TASK/CLASS/*.")
         find = find_stream(given.where if isinstance(given, Pictures) and not given.kind else given)[0]
         make = lambda: named(find(), name)  # noqa: E731
     return make, make()
@@ -69,6 +72,16 @@ def named(stream: Stream, name: str) -> Stream:
             f"{stream.name} holds {len(stream.tasks)} tasks, which have names of their own: leave '{name}' out."
         )
     return replace(stream, tasks=(replace(stream.tasks[0], name=name),))
+
+
+def check_apart(home: Path, pictures: object) -> None:
+    """Refuse a HOME inside the folder that it learns from: what it keeps would be taken for pictures."""
+    if (
+        isinstance(pictures, str | Path)
+        and expanded(pictures).is_dir()
+        and home.resolve().is_relative_to(expanded(pictures).resolve())
+    ):
+        raise PerdureError(f"{home} would lie inside {pictures}, among the pictures. Give a HOME beside that folder.")
 
 
 def check_unchanged(make: Callable[[], Stream], stream: Stream) -> None:
@@ -107,6 +120,20 @@ def new_among(task: Task, learned: Sequence[Learned]) -> tuple[Task, list[str], 
     return replace(task, train=sides[0], test=sides[1]), kept, [said]
 
 
+def with_tests(task: Task) -> tuple[Task, int]:
+    """The task with a picture held out of each class that has several to train on, or one of all: those whose bytes come
+    first; and how many they are."""
+    own, chosen = marks(task.train), list[int]()
+    for label in task.train.labels.unique().tolist():
+        several = (task.train.labels == label).nonzero().squeeze(1).tolist()
+        chosen += [min(several, key=own.__getitem__)] if len(several) > 1 else []
+    if not chosen and len(own) > 1:
+        chosen = [min(range(len(own)), key=own.__getitem__)]
+    rest = [k for k in range(len(own)) if k not in set(chosen)]
+    train, test = (task.train.take(torch.tensor(part, dtype=torch.int64)) for part in (rest, chosen))
+    return replace(task, train=train, test=test), len(chosen)
+
+
 def prepared(task: Task, learned: Sequence[Learned]) -> tuple[Task | None, dict[str, Any], list[str]]:
     """The task as it is to be learned after others, what its record says, and what to tell. None: it was learned before.
 
@@ -117,8 +144,12 @@ def prepared(task: Task, learned: Sequence[Learned]) -> tuple[Task | None, dict[
         return None, {}, said
     if any(one.name == task.name for one in learned):
         raise PerdureError(
-            f"A task '{task.name}' is learned already, of other pictures. Give this one a name of its own: --name {task.name}-2"
+            f"A task '{task.name}' is learned already, of other pictures. Give this one a name of its own: --name "
+            f"{task.name}-2; of several tasks its folder."
         )
+    if task.labelled and len(task.train) and not len(task.test):
+        task, some = with_tests(task)
+        said += [f"No test picture is among the new ones: {some} of them are held out, by their bytes."] if some else []
     for side, images in (("training", task.train), ("test", task.test)):
         if not len(images) and (task.labelled or side == "training"):
             raise PerdureError(

@@ -9,16 +9,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from perdure.benchmarks import mini
 from perdure.core.seeding import reseed
 from perdure.core.state import write_json
+from perdure.data.checks import check_texts
 from perdure.data.task import Context, Images, Probe, Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
-from perdure.engine.home import Hits, Learned, Measured, measure
+from perdure.engine.home import Hits, Learned, Measured, all_classes, measure
 from perdure.engine.run import identity
 from perdure.engine.settings import Settings, load_clip
 from perdure.engine.teach import Teacher
@@ -85,7 +85,7 @@ class Current:
 
 def bound(folder: Path, config: Mapping[str, Any], tasks: Sequence[Task], watcher: Watcher) -> Method:
     """The method on the model it began with, before it is put where it was; it knows of ``tasks``."""
-    torch.set_num_threads(Settings.recorded(config["settings"]).threads)  # put back by ``undisturbed``
+    Settings.recorded(config["settings"]).take_effect()
     clip = load_clip(config, str(mini.MODEL))
     reseed(config["seed"], "bind")
     method, heard = built(config), (watcher.draws, watcher.warn)
@@ -131,6 +131,15 @@ def noted(name: str, number: int, times: tuple[float, float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check_task(task: Task, method: Method) -> None:
-    """Refuse, before anything is computed, pictures and classes that the model cannot be shown or asked."""
-    Stream(task.name, (replace(task, index=0),), None, "", "").check(method.clip)
+def check_task(task: Task, now: Current) -> list[str]:
+    """Refuse, before anything is computed, pictures and classes that the model cannot be shown or asked, among all that it
+    knows too. What to say of the others."""
+    clip = now.method.clip
+    Stream(task.name, (replace(task, index=0),), None, "", "").check(clip)
+    check_texts(all_classes([*now.tasks, task]), clip, f"{task.name}, beside what is known")
+    born = {c.name.lower() for c in now.probe.classes} if now.probe else set()
+    taught = sorted(born & {c.name.lower() for c in task.classes})
+    return taught and [
+        f"The probe holds classes that are taught here ({', '.join(taught[:3])}{', …' if taught[3:] else ''}): of them it says "
+        "nothing of what the model could do before."
+    ]
