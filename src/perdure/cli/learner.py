@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from perdure.cli.tables import Format, course_table, rows_table, write_rows
+from perdure.core import stopping
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.terminal import console
@@ -85,16 +86,24 @@ def learn(
     )  # fmt: skip
     more: dict[str, Any] = dict(max_loss=max_loss, dry_run=dry_run, unlabelled=unlabelled)
     done: list[Outcome] = []
-    try:
-        with telling(done, home), screen:
-            outcomes = learner.learn(pictures, name=name, told=done.append, **more)
-            done[:] = outcomes  # of a dry run nobody is told
-    except KeyboardInterrupt:
-        now = f"is as it was after {done[-1].task}" if done else "is as it was before"
-        say(f"\nStopped. {home} {now}; the same command goes on from there.")
-        raise typer.Exit(130) from None
+    with tidily(home, done), telling(done, home), screen:
+        outcomes = learner.learn(pictures, name=name, told=done.append, **more)
+        done[:] = outcomes  # of a dry run nobody is told
     if not outcomes.accepted:
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def tidily(home: Path, done: Sequence[Outcome] = ()) -> Iterator[None]:
+    """Meanwhile, SIGTERM and Ctrl-C end this in order, and what is kept is said. ``done``: the tasks that were learned."""
+    try:
+        with stopping.listening():
+            yield
+    except KeyboardInterrupt as stop:
+        now = f"is as it was after {done[-1].task}" if done else "is as it was before"
+        kept = f", and the training at hand is kept up to {stop.saved}" if getattr(stop, "saved", "") else ""
+        say(f"\nStopped. {home} {now}{kept}; the same command goes on from there.")
+        raise typer.Exit(getattr(stop, "code", 130)) from None
 
 
 @contextlib.contextmanager
@@ -194,7 +203,8 @@ def forget(
     """Unlearn one task, as if it had never been learned, where the method can."""
     from perdure.launch.learner import Learner
 
-    rows = Learner(home).forget(task)
+    with tidily(home):
+        rows = Learner(home).forget(task)
     console().print(rows_table(f"{home} without {task}", rows))
     say(f"{task} is forgotten. Earlier states, which know it, stay in {home}; take this back with: perdure undo {home}")
 

@@ -70,6 +70,8 @@ def check_texts(classes: Sequence[Any], clip: Any, where: str) -> None:
     """Refuse prompts that the text tower would cut, and classes that it could not tell apart."""
     for one in classes:
         check_templates(one)
+    if not classes:
+        return
     prompts = [one.prompts() for one in classes]
     rows = iter(map(tuple, clip.tokens([p for own in prompts for p in own]).tolist()))
     known: dict[tuple[Any, ...], str] = {}

@@ -5,6 +5,7 @@
 ``task_01_pets/``          as a run's, and of the task: its classes, where it came from, its test pictures
 ``refused_task_02_…/``     learned, and not taken: it would have cost too much
 ``undone_task_02_…/``      taken back
+``begun_task_02_…/``       stopped while it was learned: what was saved of its training, as a run's
 
 What is current is the longest course task_00, task_01, …: a task is taken, refused or undone by one rename.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from perdure.data.places import mark
 from perdure.data.task import Class, Images, Probe, Query, Task
 from perdure.engine.checkpoint import Saved, free_name, read_record, read_task
 from perdure.engine.evaluate import hits
+from perdure.engine.steps import BEGUN
 from perdure.methods.base import Method
 
 Keep = Literal["pictures", "paths", "none"]
@@ -142,6 +145,12 @@ def set_back(folder: Path, to: int) -> list[Path]:
         os.replace(one, place)
         gone.append(place)
     return gone
+
+
+def let_go(folder: Path) -> None:
+    """Remove what was saved of trainings that were stopped: something else was learned since, after which they are of no use."""
+    for one in folder.glob(f"{BEGUN}task_*"):
+        shutil.rmtree(one, ignore_errors=True)
 
 
 def set_beside(folder: Path) -> list[dict[str, Any]]:

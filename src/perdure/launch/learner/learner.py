@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from perdure.benchmarks.own.pictures import Pictures
+from perdure.core import stopping
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError, unknown
 from perdure.core.paths import expanded
@@ -29,14 +30,8 @@ from perdure.engine.watcher import Watcher
 from perdure.launch.learner.answers import Answer, Shown, answered
 from perdure.launch.learner.comparison import Outcome, Outcomes, Row, compared, refusal
 from perdure.launch.learner.making import Asked, can_learn, check_same, configured, elsewhere, find_again, read_home
-from perdure.launch.learner.pictures import (
-    check_apart,
-    check_unchanged,
-    pictures_of,
-    planned,
-    prepared,
-    unlabelled_pictures,
-)
+from perdure.launch.learner.pictures import check_apart, check_unchanged, pictures_of, planned, prepared
+from perdure.launch.learner.pictures import unlabelled_pictures as unlabelled_of
 from perdure.launch.learner.probe import probe_of
 from perdure.launch.learner.state import Current, begin, bound, check_task, noted, write_state
 
@@ -98,7 +93,7 @@ class Learner:
         hears of each task as soon as it is learned: what comes after may fail.
         """
         with undisturbed():
-            make, stream = (unlabelled_pictures if unlabelled else pictures_of)(pictures, name)
+            make, stream = (unlabelled_of if unlabelled else pictures_of)(pictures, name)
             config = self.made or configured(self.folder, stream, self.asked, self.watcher.warn)
             can_learn(config, stream)
             check_apart(self.folder, pictures)
@@ -140,9 +135,10 @@ class Learner:
         said += check_task(task, now)
         self.watcher.begins([*(t.name for t in now.tasks), task.name], [], [])
         self.watcher.learns(task.name, number)
-        start, before = time.perf_counter(), now.before(task)
+        steps = now.steps(self.folder, self.config, task, about, self.watcher)
+        start, before = time.perf_counter() - steps.spent, now.before(task)
         teacher = now.teacher(self.config, self.watcher)
-        losses = teacher.learn(task, number)
+        losses = teacher.learn(task, number, steps)
         learned = time.perf_counter()
         self.watcher.evaluates()
         after = now.measure(task)
@@ -154,7 +150,11 @@ class Learner:
         place = folder_name(number, task.name)
         place = free_name(self.folder / f"{home.REFUSED}{place}").name if refused else place
         record = noted(task.name, number, (start, learned)) | more | {"refused": refused}
-        write_state(self.folder / place, self.config, now, after, record, rows, files)
+        with stopping.held():
+            write_state(self.folder / place, self.config, now, after, record, rows, files)
+            steps.done()
+            if not refused:
+                home.let_go(self.folder)
         self.ready = None
         return Outcome(task.name, tuple(rows), self.folder / place, refused, notes=tuple(said))
 

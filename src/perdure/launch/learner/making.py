@@ -38,7 +38,6 @@ FOR_RUNS = (
     "unreadable",
     "online",
     "evaluate_every",
-    "save_every",
     "keep",
 )  # settings that a stream must be whole for, or that are of use where it is
 GROWS = "grows"  # in the place of a run's split

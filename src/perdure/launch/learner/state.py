@@ -13,7 +13,7 @@ from torch import Tensor
 
 from perdure.benchmarks import mini
 from perdure.core.seeding import reseed
-from perdure.core.state import write_json
+from perdure.core.state import as_json, digest, write_json
 from perdure.data.checks import check_texts
 from perdure.data.task import Context, Images, Probe, Stream, Task
 from perdure.engine.checkpoint import Saved, folder_name, save_task
@@ -21,6 +21,7 @@ from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.home import Hits, Learned, Measured, all_classes, measure
 from perdure.engine.run import identity
 from perdure.engine.settings import Settings, load_clip
+from perdure.engine.steps import Every, Steps
 from perdure.engine.teach import Teacher
 from perdure.engine.watcher import Watcher
 from perdure.launch.learner.comparison import Row
@@ -77,6 +78,15 @@ class Current:
         teacher = Teacher(self.method, config["seed"], Settings.recorded(config["settings"]), watcher)
         self.method.lend(teacher.train)
         return teacher
+
+    def steps(self, folder: Path, config: Mapping[str, Any], task: Task, about: Any, watcher: Watcher) -> Steps:
+        """Where the trainings of ``task`` are saved until it is learned: a stop costs no more than what came after the last.
+        They belong to these pictures, after what is known now; ``about``: what the task's record says."""
+        files = {key: one["sha256"] for key, one in sorted(self.last.record["files"].items())}
+        after = digest(as_json({"files": files, "about": about, "labels": task.train.labels.tolist()}))
+        every = Every.read(Settings.recorded(config["settings"]).save_every)
+        name = folder_name(len(self.states), task.name)
+        return Steps(folder, name, [identity(config)], after, every, watcher.warn)
 
     def hits(self) -> Hits:
         """What was measured when the last task was learned."""
