@@ -37,10 +37,22 @@ def test_a_method_of_a_file_is_known_in_the_next_process(tmp_path: Path, drawing
     for more in (
         ["learn", "HOME", str(drawings / "food"), *words],
         ["history", "HOME"],
-        ["learn", "HOME", str(drawings / "digits")],
+        ["learn", "HOME", str(drawings / "digits"), "--max-loss", "99.5"],
+        ["export", "HOME", "out"],
     ):
         done = subprocess.run([sys.executable, "-m", "perdure", *more], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+    card, about = ((tmp_path / "out" / name).read_text() for name in ("README.md", "perdure.json"))
+    assert str(tmp_path) not in card + about  # nothing of the maker's machine
+    assert "perdure learn HOME food/ --max-loss 100 --method half.py" in card and "digits/ --max-loss 99.5" in card
+    assert "warmup=0" in card
+    picture = str(next((drawings / "food").rglob("*.png")))
+    asked = [sys.executable, "-m", "perdure", "predict", "out", picture]
+    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True)  # an export carries no code
+    assert done.returncode and "is of the method 'half', from half.py" in done.stderr and "--method FILE" in done.stderr
+    for method, code in (("half.py", 0), ("finetune", 2)):
+        done = subprocess.run([*asked, "--method", method], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     (tmp_path / "half.py").unlink()
     with pytest.raises(PerdureError, match="was read from .*half.py, which is gone"):
         Learner(tmp_path / "HOME")

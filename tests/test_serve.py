@@ -86,6 +86,12 @@ def test_headers_and_what_is_said_of_the_endpoint(server: Served, learned: Path)
     sent = api["paths"]["/predict"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
     assert sent["files"]["maxItems"] == 8 and set(sent) == {"files", "classes", "topk"}
     assert set(api["components"]["schemas"]["History"]["properties"]) == set(history)
+    answers = {path: set(next(iter(verbs.values()))["responses"]) for path, verbs in api["paths"].items()}
+    assert answers["/history"] == answers["/health"] == {"200", "403", "500", "503"}
+    assert answers["/predict"] == {"200", "400", "403", "408", "413", "500", "503"}
+    assert api["paths"]["/health"]["get"]["responses"]["503"]["content"]["application/json"]["schema"]["$ref"].endswith(
+        "Health"
+    )
 
 
 def test_a_task_learned_meanwhile_answers_the_next_request(

@@ -117,6 +117,23 @@ def test_beyond_what_may_wait_requests_are_told_to_come_again(learned: Path, pic
         served.worker.ask(Question([], None, 1))
 
 
+def test_who_says_nothing_does_not_keep_a_place_and_who_waits_does(learned: Path, pictures: list[Path]) -> None:
+    served = Served(Learner(learned), Limits(patience=0.5))
+    predict = served.worker.learner.predict
+
+    def slowly(*given: Any, **more: Any) -> Any:
+        threading.Event().wait(1.5)
+        return predict(*given, **more)
+
+    served.worker.learner.predict = slowly  # type: ignore[method-assign]
+    begun = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+    assert served.raw(b"") == b"" and served.raw(begun) == b""  # it ends, and nothing was asked
+    after = served.raw(begun + b"\r\n" + begun)  # one request whole, another never
+    assert after.count(b"HTTP/1.1 200") == 1
+    assert served.predict(files(pictures[0]))[0] == 200
+    served.end()
+
+
 def test_the_server_goes_on_whatever_one_request_brings_about(
     server: Served, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,10 +100,11 @@ def tidily(home: Path, done: Sequence[Outcome] = ()) -> Iterator[None]:
         with stopping.listening():
             yield
     except KeyboardInterrupt as stop:
+        saved, code = (stop.saved, stop.code) if isinstance(stop, stopping.Stopped) else ("", 130)
         now = f"is as it was after {done[-1].task}" if done else "is as it was before"
-        kept = f", and the training at hand is kept up to {stop.saved}" if getattr(stop, "saved", "") else ""
+        kept = f", and the training at hand is kept up to {saved}" if saved else ""
         say(f"\nStopped. {home} {now}{kept}; the same command goes on from there.")
-        raise typer.Exit(getattr(stop, "code", 130)) from None
+        raise typer.Exit(code) from None
 
 
 @contextlib.contextmanager
@@ -149,6 +150,7 @@ def predict(
     explain: Annotated[
         bool, typer.Option("--explain", help="Say which concepts decided, where the method has any (clg_cbm).")
     ] = False,
+    method: Annotated[str, typer.Option(help="Of an export of a method that was read from a file: that file.")] = "",
 ) -> None:
     """Say what pictures show. Exit code 1 if one could not be read; the others are answered."""
     from perdure.launch.learner import Learner
@@ -159,7 +161,7 @@ def predict(
         sys.stdin.reconfigure(errors="surrogateescape")  # names of files may be any bytes
     names = [n for one in images for n in (sys.stdin.read().splitlines() if one == "-" else [one]) if n]
     wanted = names_in(classes) if classes else None
-    learner = Learner.from_pretrained(home) if is_export(home) else Learner(home)
+    learner = Learner.from_pretrained(home, method) if is_export(home) else Learner(home, method=method)
     rows = learner.predict(names, classes=wanted, topk=topk, explain=explain)
     write_rows(rows, format, topk)
     bad = [row for row in rows if "error" in row]

@@ -25,6 +25,7 @@ def serve(
         int, typer.Option(min=1, max=100_000, help="Requests that may wait; others are told to come again.")
     ] = 128,
     batch: Annotated[int, typer.Option(min=1, max=256, help="Pictures that the model is shown at once.")] = 64,
+    method: Annotated[str, typer.Option(help="Of an export of a method that was read from a file: that file.")] = "",
 ) -> None:
     """Open a page to drop pictures on, and a JSON endpoint beside it, for a model in use or an export."""
     try:
@@ -47,4 +48,4 @@ def serve(
         say(text)
         sys.stdout.flush()  # who reads a pipe waits for the address
 
-    run(home, host, port, limits, aloud)
+    run(home, host, port, limits, aloud, method)

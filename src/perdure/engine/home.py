@@ -148,7 +148,7 @@ def set_back(folder: Path, to: int) -> list[Path]:
 
 
 def let_go(folder: Path) -> None:
-    """Remove what was saved of trainings that were stopped: something else was learned since, after which they are of no use."""
+    """Remove what was saved of trainings that were stopped: they are of no use once something else was learned."""
     for one in folder.glob(f"{BEGUN}task_*"):
         shutil.rmtree(one, ignore_errors=True)
 

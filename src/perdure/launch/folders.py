@@ -54,10 +54,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise PerdureError(f"{folder} holds no run (it has no config.json). Start one with: perdure run --out {folder}")
     config = read_json(folder / "config.json")
     if (folder / "perdure.json").exists():
-        raise PerdureError(
-            f"{folder} is an export: it answers (perdure predict {folder} PICTURES), and that is all. Give the folder that it "
-            "was made from."
+        answers = "learned" in read_json(folder / "perdure.json")
+        can = (
+            f"it answers (perdure predict {folder} PICTURES)"
+            if answers
+            else "its weights can be begun with (--from, model=)"
         )
+        raise PerdureError(f"{folder} is an export: {can}, and that is all. Give the folder that it was made from.")
     if isinstance(config, dict) and "format" not in config and "model_type" in config:
         raise PerdureError(
             f"{folder} holds a model as transformers keep it, not a run. Give it as a model: --from {folder} (learn), or "

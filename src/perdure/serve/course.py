@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from perdure.launch.learner import Learner
-from perdure.launch.learner.package import ABOUT, Exported
+from perdure.launch.learner.package import Exported, is_export
 
 Entry = dict[str, Any]
 
 
-def opened(folder: Any) -> Learner:
-    """A HOME or an exported model. ``PerdureError`` for anything else, and for a HOME that holds nothing yet."""
-    learner = Learner.from_pretrained(folder) if (folder / ABOUT).exists() else Learner(folder)
+def opened(folder: Any, method: str = "") -> Learner:
+    """A HOME or an exported model; ``method``: of a method from a file, that file. ``PerdureError`` for anything else, and for
+    a HOME that holds nothing yet."""
+    learner = Learner.from_pretrained(folder, method) if is_export(folder) else Learner(folder, method=method)
     _ = learner.config  # says what to do where nothing is learned
     return learner
 

@@ -36,14 +36,24 @@ def described(limits: Limits) -> dict[str, Any]:
         "paths": {
             "/predict": {"post": predict(limits)},
             "/history": get("The tasks learned, in order", "History"),
-            "/health": get("Whether the server answers, and which state did last", "Health"),
+            "/health": get("Whether the server answers, and which state did last", "Health", "503"),
         },
         "components": {"schemas": schemas()},
     }  # fmt: skip
 
 
-def get(summary: str, schema: str) -> dict[str, Any]:
-    return {"get": {"summary": summary, "responses": {"200": response(summary + ".", schema)}}}
+EVERY = {
+    "403": "Another site's page asks, or the server does not go by that name.",
+    "500": "Something went wrong that should not; the server's terminal says what.",
+}  # of any request; no path has another than those below: 404, and 405 for another verb
+
+
+def get(summary: str, schema: str, *same: str) -> dict[str, Any]:
+    """``same``: the status of an answer of that schema too."""
+    failures = {"503": "The model in use cannot be read just now.", **EVERY}
+    found = {status: response(said, "Error") for status, said in failures.items()}
+    answers = {status: response(summary + ".", schema) for status in ("200", *same)}
+    return {"get": {"summary": summary, "responses": {**found, **answers}}}
 
 
 def predict(limits: Limits) -> dict[str, Any]:
@@ -63,7 +73,7 @@ def predict(limits: Limits) -> dict[str, Any]:
         "responses": {
             "200": response("An answer a picture, in order; one that could not be read has `error`.", "Answers"),
             "400": response("No such form, no such classes, or no picture that could be read.", "Error"),
-            "403": response("Another site's page asks, or the server does not go by that name.", "Error"),
+            **{status: response(said, "Error") for status, said in EVERY.items()},
             "408": response("The upload took too long.", "Error"),
             "413": response("The upload is too large.", "Error"),
             "503": response("Too many requests wait (Retry-After says for how long to wait), or it stops.", "Error"),

@@ -20,6 +20,7 @@ def model_card(
     config: Mapping[str, Any], history: Sequence[Mapping[str, Any]], learned: Sequence[Learned], left: Sequence[str]
 ) -> str:
     """A ``README.md`` as the Hugging Face Hub reads it."""
+    config = portable(config)
     current = [one for one in history if one["state"] == "current"]
     rows = current[-1]["rows"] if current else []
     return "\n".join(
@@ -37,6 +38,20 @@ def model_card(
             "",
         ]
     )  # fmt: skip
+
+
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without the places of the maker's machine: of files the names alone."""
+    source = {
+        kind: {key: named(value) for key, value in about.items()} for kind, about in config.get("source", {}).items()
+    }
+    options = {key: named(value) for key, value in config["options"].items()}
+    return {**config, "options": options, **({"source": source} if source else {})}
+
+
+def named(value: Any) -> Any:
+    """Of a file or folder its name; anything else as it is."""
+    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def header(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -62,9 +77,7 @@ def header(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict
 def base_of(config: Mapping[str, Any]) -> str:
     """The base model for people; a folder by its name alone."""
     base = config["settings"]["model"]
-    return (
-        "the CLIP embedded in perdure" if base == "stream" else os.path.basename(base) if os.path.isabs(base) else base
-    )
+    return "the CLIP embedded in perdure" if base == "stream" else str(named(base))
 
 
 def known(learned: Sequence[Learned]) -> list[str]:
@@ -106,8 +119,9 @@ def usage(left: Sequence[str]) -> list[str]:
 def commands(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[str]:
     """The commands that repeat it, with the folders of pictures by their names."""
     base = config["settings"]["model"]
-    first = "" if base == "stream" else f" --from {os.path.basename(base) if os.path.isabs(base) else base}"
-    first += f" --method {config['method']}"
+    first = "" if base == "stream" else f" --from {shlex.quote(named(base))}"
+    file = config.get("source", {}).get("method", {}).get("file")
+    first += f" --method {shlex.quote(file) if file else config['method']}"
     seed = f" --seed {config['seed']}" if config["seed"] else ""
     about = config.get("home", {})
     seed += f" --keep {about['keep']}" if about.get("keep", "pictures") != "pictures" else ""
@@ -123,7 +137,8 @@ def commands(config: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) ->
         else:
             unlabelled = "" if one.get("about", {}).get("classes", True) else " --unlabelled"
             folder = shlex.quote(f"{one['task']}/")
-            out.append(f"perdure learn HOME {folder}{unlabelled}" + (first + seed if not out else ""))
+            most = "" if one.get("max_loss") is None else f" --max-loss {one['max_loss']:g}"
+            out.append(f"perdure learn HOME {folder}{unlabelled}{most}" + (first + seed if not out else ""))
     return out
 
 

@@ -149,7 +149,7 @@ class Learner:
         more = {"losses": losses, "phases": teacher.phases, "remarks": now.method.remarks(), "about": {**about, **kept}}
         place = folder_name(number, task.name)
         place = free_name(self.folder / f"{home.REFUSED}{place}").name if refused else place
-        record = noted(task.name, number, (start, learned)) | more | {"refused": refused}
+        record = noted(task.name, number, (start, learned)) | more | {"refused": refused, "max_loss": max_loss}
         with stopping.held():
             write_state(self.folder / place, self.config, now, after, record, rows, files)
             steps.done()
@@ -241,8 +241,9 @@ class Learner:
         return export_home(self, out)
 
     @staticmethod
-    def from_pretrained(folder: str | Path) -> Learner:
-        """The exported model in ``folder``: it answers the same bits as the model in use did, and learns nothing."""
+    def from_pretrained(folder: str | Path, method: str = "") -> Learner:
+        """The exported model in ``folder``: it answers the same bits as the model in use did, and learns nothing. ``method``:
+        the file of a method that was read from one; an export carries no code."""
         from perdure.launch.learner.package import Exported
 
-        return Exported(folder)
+        return Exported(folder, method)

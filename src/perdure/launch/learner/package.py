@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from perdure.engine.home import Learned
 from perdure.engine.settings import load_clip
 from perdure.engine.summary import FORMAT
 from perdure.launch.export import check_free, check_modules, whole
-from perdure.launch.learner.card import model_card
+from perdure.launch.learner.card import model_card, portable
 from perdure.launch.learner.learner import Learner
 from perdure.launch.learner.state import Current, bound
-from perdure.methods.base import Method
+from perdure.launch.sources import find_method
+from perdure.methods.base import METHODS, Method
 
 TENSORS, ABOUT, BASE, EXPERTS = "perdure.safetensors", "perdure.json", "base", "experts"
 PRIVATE = ("marks", "paths", "labels")  # of a task's record: pictures and where they lie
@@ -73,7 +74,7 @@ def write_package(home: Learner, now: Current, beside: Path) -> list[str]:
         write_tensors(beside / TENSORS, tensors)
     left = left_out(method, experts)
     model = "." if root == config["weights"] else BASE
-    public = {key: value for key, value in config.items() if key != "home"}
+    public = {key: value for key, value in portable(config).items() if key != "home"}
     known = [(one.name, {key: value for key, value in one.about.items() if key not in PRIVATE}) for one in now.learned]
     write_json(beside / ABOUT, {
         "format": FORMAT, "config": {**public, "settings": {**config["settings"], "model": model}}, "values": values,
@@ -112,10 +113,29 @@ def is_export(folder: str | Path) -> bool:
     return (expanded(folder) / ABOUT).exists()
 
 
+def check_method(config: Mapping[str, Any], given: str) -> None:
+    """Know the method of an export by its name. ``PerdureError`` where its file is needed, or another is ``given``."""
+    source, name = config.get("source", {}).get("method", {}), config["method"]
+    if given:
+        entry, found = find_method(given)
+        if entry.name != name or found.get("sha256") != source.get("sha256"):
+            raise PerdureError(f"The export is of the method '{name}'{lies(source)}, and {given} is another.")
+    elif source and name not in {entry.name for entry in METHODS}:
+        raise PerdureError(
+            f"The export is of the method '{name}'{lies(source)}, and an export carries no code. Name that file: "
+            "perdure predict --method FILE, or Learner.from_pretrained(folder, method=FILE)."
+        )
+
+
+def lies(source: Mapping[str, Any]) -> str:
+    """Where a method was read from, in words; empty: it is perdure's own."""
+    return f", from {source['file']} (sha256 {source['sha256'][:16]}…)" if "file" in source else ""
+
+
 class Exported(Learner):
     """An exported model: it answers as the model in use did, and learns nothing."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, method: str = ""):
         folder = expanded(folder)
         if not (folder / ABOUT).exists():
             raise PerdureError(
@@ -126,6 +146,7 @@ class Exported(Learner):
             raise PerdureError(
                 f"{folder} was exported from a run, not from a model in use. perdure.CLIP.load reads its weights."
             )
+        check_method(self.about["config"], method)
         config = self.about["config"]
         place = (folder / config["settings"]["model"]).resolve()
         super().__init__(folder / "no-home")
