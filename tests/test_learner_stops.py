@@ -46,7 +46,7 @@ def asked(folder: Path, drawings: Path, **values: Any) -> list[str | Path]:
     given = {**TRAINED, **values}
     method = str(given.pop("method"))
     words = [f"{key}={value}" for key, value in given.items()]
-    probe = ["--probe", drawings.parent / "probe", "--max-loss", "100"]
+    probe: list[str | Path] = ["--probe", drawings.parent / "probe", "--max-loss", "100"]
     return ["learn", folder, drawings / "digits", "--method", method, *probe, *words]
 
 
