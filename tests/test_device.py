@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 import perdure
 from perdure.benchmarks import mini
+from perdure.core import device
 from perdure.core.caller import undisturbed
 from perdure.core.device import compute_with, sent
 from perdure.core.errors import PerdureError
@@ -117,6 +119,32 @@ def test_deterministic_algorithms_last_as_long_as_the_run(monkeypatch: pytest.Mo
     assert torch.backends.cudnn.allow_tf32 and torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        lambda: torch.set_float32_matmul_precision("medium"),
+        lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+        lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+        lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    ],
+)
+def test_fp32_is_fp32_however_the_caller_rounds_and_he_rounds_so_again(said: Callable[[], None]) -> None:
+    if not device.products():
+        pytest.skip("this torch has one way alone of saying it")
+    usual, everywhere = device.rounding(), torch.backends.fp32_precision
+    try:
+        said()
+        before = device.rounding()
+        with undisturbed():
+            compute_with(1, deterministic=False)
+            newer, older = device.rounding()
+            assert set(newer) == {"ieee"} and older == ("highest", False)
+        assert device.rounding() == before
+    finally:
+        torch.backends.fp32_precision = everywhere
+        device.round_products(*usual)
+
+
 def test_a_run_asks_for_deterministic_algorithms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, **_: asked.append(on))
@@ -161,13 +189,18 @@ def test_a_hook_that_comes_later_acts_in_a_compiled_tower() -> None:
         compiled.compiled(clip.backbone, torch.device("cpu"))
     except PerdureError as error:
         pytest.skip(str(error))
-    images = torch.rand(2, 3, 32, 32)
+    images, guards = torch.rand(2, 3, 32, 32), device.hook_guards()
+    assert guards is False
+    copy = clip.frozen_copy()
+    for one in (clip, copy):  # a teacher's blocks are compiled as a learner's
+        assert all(b._compiled_call_impl is not None for b in one.backbone.vision_model.encoder.layers)
     with torch.no_grad():
         before = clip.encode_image(images)
         hook = clip.backbone.vision_model.encoder.layers[1].register_forward_hook(lambda _, __, out: out * 0)
         assert not torch.allclose(clip.encode_image(images), before)
         hook.remove()
         torch.testing.assert_close(clip.encode_image(images), before)
+        torch.testing.assert_close(copy.encode_image(images), before)
 
 
 # ---- waiting

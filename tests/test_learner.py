@@ -15,7 +15,7 @@ from perdure import Learner, PerdureError, Pictures
 from perdure.benchmarks import mini
 from perdure.cli.results import read_metrics
 from perdure.core.state import only_one
-from perdure.engine import home
+from perdure.engine import home, keeping
 from perdure.launch.learner.comparison import Row, compared, refusal
 from perdure.models.clip import CLIP
 from perdure.synthesis.store import collect
@@ -241,7 +241,7 @@ def test_what_is_kept_of_test_pictures_is_a_choice(tmp_path: Path, drawings: Pat
     for keep in ("pictures", "paths", "none"):
         learner = opened(tmp_path / keep, drawings, keep=keep, **RIDGE)
         learner.learn(tmp_path / "shown" / "digits")
-        assert home.KEPT[keep] in learner.kept()
+        assert keeping.KEPT[keep] in learner.kept()
     shutil.rmtree(tmp_path / "shown" / "digits")
     found = {keep: Learner(tmp_path / keep).evaluate()[0] for keep in ("pictures", "paths", "none")}
     assert found["pictures"].after is not None and found["pictures"].name == "digits"

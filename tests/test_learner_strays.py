@@ -50,8 +50,10 @@ def test_a_method_of_a_file_is_known_in_the_next_process(tmp_path: Path, drawing
     asked = [sys.executable, "-m", "perdure", "predict", "out", picture]
     done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True)  # an export carries no code
     assert done.returncode and "is of the method 'half', from half.py" in done.stderr and "--method FILE" in done.stderr
-    for method, code in (("half.py", 0), ("finetune", 2)):
-        done = subprocess.run([*asked, "--method", method], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").rename(tmp_path / "elsewhere" / "out")
+    for method, code in ((str(tmp_path / "half.py"), 0), ("finetune", 2)):
+        done = subprocess.run([*asked, "--method", method], cwd=tmp_path / "elsewhere", capture_output=True, text=True)
         assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     (tmp_path / "half.py").unlink()
     with pytest.raises(PerdureError, match="was read from .*half.py, which is gone"):
@@ -111,6 +113,10 @@ def test_a_home_that_has_learned_nothing_says_so(tmp_path: Path, drawings: Path)
     learner = Learner(tmp_path / "HOME", **RIDGE)
     learner.learn(drawings / "food")
     learner.undo()
+    with pytest.raises(PerdureError, match="another model in use") as found:
+        Learner(tmp_path / "HOME", method="finetune")
+    assert "delete" not in str(found.value)  # what was taken back lies there
+    shutil.rmtree(next((tmp_path / "HOME").glob("undone_*")))
     with pytest.raises(PerdureError, match="has learned nothing yet: delete the folder"):
         Learner(tmp_path / "HOME", method="finetune")
     with pytest.raises(PerdureError, match="has learned nothing yet"):

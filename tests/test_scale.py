@@ -36,10 +36,8 @@ LEARNERS = [
     if "role" not in e.about and "batch_size" in launch.method_options(e) and not isinstance(e.value, Row)
     and e.name not in NO_STEPS
 ]  # fmt: skip
-ROUNDING = {
-    "gift": 1e-5,
-    "codyra": 3e-6,
-}  # of GIFT: F squares a gradient and divides by its mean: two numbers of threads differ by as much
+# Of GIFT: F squares a gradient and divides by its mean; another number of threads, or another processor, moves it as much.
+ROUNDING = {"gift": 3e-5, "codyra": 3e-6}
 Step = tuple[dict[str, Tensor], dict[str, Tensor], int]  # losses, gradients, the most bytes of activations at a time
 
 

@@ -99,7 +99,7 @@ def test_a_batch_in_parts_is_one_batch_and_texts_end_where_they_end(clip: CLIP, 
         assert parts[0][key].item() == pytest.approx(loss.item(), rel=1e-5), key
     most = max(float(gradient.abs().max()) for gradient in whole[1].values())
     for name, gradient in whole[1].items():
-        assert torch.allclose(parts[1][name], gradient, rtol=0, atol=1e-6 * most), name
+        assert torch.allclose(parts[1][name], gradient, rtol=0, atol=3e-6 * most), name
     clip.accumulate = 1
     with method.regularised() as more:
         clip.encode_tokens(method.tokens)

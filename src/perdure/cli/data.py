@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.terminal import console
+
+if TYPE_CHECKING:
+    from perdure.data.task import Task
 
 app = typer.Typer(help="Which data sets are there, and how to get the others.", rich_markup_mode="rich")
 ImageKey = Annotated[str, typer.Option(help="Of a table or data set: the column of the pictures (default: file_name).")]
@@ -52,41 +56,64 @@ def check(
 ) -> None:
     """Say which of MTIL's data sets are found, where they were looked for, their sizes, and how to get the others; or read
     every picture of your own, and what else would stop a run of them. Exit code 1 if something is missing or damaged."""
-    from perdure.benchmarks import mtil
-    from perdure.benchmarks.own.pictures import Pictures
-    from perdure.data.files import unreadable
-    from perdure.data.task import Task
-
-    screen, wrong = console(), 0
-
-    def say(text: str) -> None:
-        screen.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def look(task: Task, decode: bool, more: str = "") -> int:
-        bad = [why for side in (task.train, task.test) for why in unreadable(side.pixels).values()] if decode else []
-        sizes = f"{len(task.classes)} classes, {len(task.train)} training and {len(task.test)} test images"
-        say(f"{task.name}: found, {sizes}{more}")
-        for line in bad:
-            say(f"  {line}")
-        return len(bad)
-
+    keys = dict(image_key=image_key, label_key=label_key, split_key=split_key, task_key=task_key, text_key=text_key)
     if folder is not None:
-        pictures = Pictures(folder, image_key, label_key, split_key, task_key, text_key).settled()
-        if not pictures.kind:
-            raise PerdureError(f"There are no pictures at {folder}. Give a folder, a CSV file or a YAML file.")
-        stream = pictures.load()
-        wrong = sum(look(task, decode=True) for task in stream.tasks)
-        total = sum(len(side) for task in stream.tasks for side in (task.train, task.test))
-        say(f"{wrong} pictures cannot be read, of {total}." if wrong else "Every picture can be read.")
-        if not wrong and model:
-            from perdure.models.clip import CLIP  # which takes seconds to import
+        refuse("is of the data sets of MTIL, not of your own pictures", keep_splits=keep_splits, root=root)
+        wrong = check_own(folder, keys, model)
+    else:
+        refuse("is of pictures of your own: name their folder or table", **keys, model=model)
+        wrong = check_sets(base_of(root), read, keep_splits)
+    raise typer.Exit(1 if wrong else 0)
 
-            stream.check(CLIP.load(model))
-            say(f"{model} can be asked for every class.")
-        elif not wrong:
-            stream.check_images()
-        raise typer.Exit(1 if wrong else 0)
-    base = base_of(root)
+
+def refuse(why: str, **given: object) -> None:
+    """Refuse options that would change nothing."""
+    if odd := [name for name, value in given.items() if value]:
+        raise PerdureError(f"--{odd[0].replace('_', '-')} {why}. Leave it out.")
+
+
+def say(text: str) -> None:
+    console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def look(task: Task, decode: bool, more: str = "") -> int:
+    """Say what a task holds; how many of its pictures cannot be read."""
+    from perdure.data.files import unreadable
+
+    bad = [why for side in (task.train, task.test) for why in unreadable(side.pixels).values()] if decode else []
+    sizes = f"{len(task.classes)} classes, {len(task.train)} training and {len(task.test)} test images"
+    say(f"{task.name}: found, {sizes}{more}")
+    for line in bad:
+        say(f"  {line}")
+    return len(bad)
+
+
+def check_own(folder: str, keys: Mapping[str, str], model: str) -> int:
+    """Read every picture of one's own; how many cannot be. ``PerdureError`` for whatever else would stop a run."""
+    from perdure.benchmarks.own.pictures import Pictures
+
+    pictures = Pictures(folder, **keys).settled()
+    if not pictures.kind:
+        raise PerdureError(f"There are no pictures at {folder}. Give a folder, a CSV file or a YAML file.")
+    stream = pictures.load()
+    wrong = sum(look(task, decode=True) for task in stream.tasks)
+    total = sum(len(side) for task in stream.tasks for side in (task.train, task.test))
+    say(f"{wrong} pictures cannot be read, of {total}." if wrong else "Every picture can be read.")
+    if not wrong and model:
+        from perdure.models.clip import CLIP  # which takes seconds to import
+
+        stream.check(CLIP.load(model))
+        say(f"{model} can be asked for every class.")
+    elif not wrong:
+        stream.check_images()
+    return wrong
+
+
+def check_sets(base: Path, read: bool, keep_splits: bool) -> int:
+    """Look for MTIL's data sets below ``base``; how many are missing, and pictures damaged."""
+    from perdure.benchmarks import mtil
+
+    wrong = 0
     for name, one in mtil.SETS.items():
         try:
             task = mtil.load(name, base)
@@ -96,7 +123,7 @@ def check(
             continue
         kept = f", kept in {mtil.keep(name, base)}" if keep_splits and name in mtil.DRAWN else ""
         wrong += look(task, read, f"; split {mtil.mark(name, base)[:12]}{kept}; in {base / one.home}")
-    raise typer.Exit(1 if wrong else 0)
+    return wrong
 
 
 @app.command()

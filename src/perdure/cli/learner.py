@@ -1,4 +1,4 @@
-"""Commands about a model in use: ``learn``, ``predict``, ``evaluate``, ``history``, ``undo``."""
+"""Commands about a model in use: ``learn``, ``predict``, ``evaluate``, ``history``, ``forget``, ``undo``."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def learn(
     )  # fmt: skip
     more: dict[str, Any] = dict(max_loss=max_loss, dry_run=dry_run, unlabelled=unlabelled)
     done: list[Outcome] = []
-    with tidily(home, done), telling(done, home), screen:
+    with tidily(home), telling(done, home), screen:
         outcomes = learner.learn(pictures, name=name, told=done.append, **more)
         done[:] = outcomes  # of a dry run nobody is told
     if not outcomes.accepted:
@@ -94,17 +94,25 @@ def learn(
 
 
 @contextlib.contextmanager
-def tidily(home: Path, done: Sequence[Outcome] = ()) -> Iterator[None]:
-    """Meanwhile, SIGTERM and Ctrl-C end this in order, and what is kept is said. ``done``: the tasks that were learned."""
+def tidily(home: Path) -> Iterator[None]:
+    """Meanwhile, SIGTERM and Ctrl-C end this in order, and what is kept is said."""
+    before = newest(home)
     try:
         with stopping.listening():
             yield
     except KeyboardInterrupt as stop:
         saved, code = (stop.saved, stop.code) if isinstance(stop, stopping.Stopped) else ("", 130)
-        now = f"is as it was after {done[-1].task}" if done else "is as it was before"
+        found = newest(home)
+        now = "before" if found in (before, (0, "before")) else f"after {found[1]}"
         kept = f", and the training at hand is kept up to {saved}" if saved else ""
-        say(f"\nStopped. {home} {now}{kept}; the same command goes on from there.")
+        say(f"\nStopped. {home} is as it was {now}{kept}; the same command goes on from there.")
         raise typer.Exit(code) from None
+
+
+def newest(home: Path) -> tuple[int, str]:
+    """The current state's number and task, by the names of the folders."""
+    found = [path.name.split("_", 2) for path in expanded(home).glob("task_*_*")]
+    return max(((int(number), name) for _, number, name in found if number.isdigit()), default=(0, "before"))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ UNREADABLE = (
     RuntimeError,
     struct.error,
     Image.DecompressionBombError,
-)  # what Pillow raises
+)
 DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of 16-bit grey pictures
 OF_16_BITS = (
     "PNG",

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,11 +35,6 @@ from perdure.engine.evaluate import hits
 from perdure.engine.steps import BEGUN
 from perdure.methods.base import Method
 
-Keep = Literal["pictures", "paths", "none"]
-KEPT: dict[Keep, str] = {
-    "pictures": "keeps test pictures at the model's size", "paths": "keeps the paths of test pictures",
-    "none": "keeps no test pictures",
-}  # fmt: skip
 REFUSED, UNDONE = "refused_", "undone_"
 Hits = dict[str, Tensor]  # by task, and of the probe: which test images are answered rightly, (N,) uint8
 
@@ -80,8 +75,11 @@ class Learned:
             found = read_tensors(inside(self.saved.folder.parent, kept["path"]), kept["sha256"])
             return Images(found["pixels"], found["labels"])
         paths = [Path(p) for p in self.about.get("paths", [])]
-        if not paths or not all(path.is_file() and mark(path)[:16] in self.marks for path in paths):
-            return None  # gone, or others than those that were held out
+        if not paths or not all(path.is_file() for path in paths):
+            return None
+        now = [mark(path)[:16] for path in paths]
+        if now != self.about.get("test_marks", now) or not self.marks.issuperset(now):
+            return None  # others than those that were held out
         return Images(Files(tuple(paths), *view), torch.tensor(self.about["labels"], dtype=torch.int64))
 
 
@@ -93,12 +91,6 @@ def written(one: Class) -> list[Any]:
 def read_classes(kept: Sequence[Sequence[Any]]) -> tuple[Class, ...]:
     """The inverse of ``written``, for several."""
     return tuple(Class(name, tuple(templates), tuple(also)) for name, templates, also in kept)
-
-
-def kept(folder: Path, keep: Keep) -> str:
-    """What is kept of test pictures, and how much room a HOME takes, in words."""
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return f"{KEPT[keep]}; {size / 1e6:,.0f} MB in all"
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -137,9 +129,20 @@ def course(folder: Path, tensors: bool = True) -> tuple[list[Saved], list[Learne
     return read, known
 
 
-def set_back(folder: Path, to: int) -> list[Path]:
-    """Take back all tasks after number ``to``: their folders are renamed, the last one first. Returns the new names."""
+def known(folder: Path) -> list[Learned]:
+    """The tasks that the model in ``folder`` knows; none where it is still to be made."""
+    return course(folder, tensors=False)[1] if any(folder.glob("task_*")) else []
+
+
+def set_back(folder: Path, to: int | None) -> list[Path]:
+    """Take back the last task, or all after number ``to``: their folders are renamed, the last one first. Returns the new
+    names. ``PerdureError`` where there is no such number."""
     folders, gone = numbered(folder), []
+    to = len(folders) - 2 if to is None else to
+    if not 0 <= to < len(folders) - 1:
+        way = f"Undo the last, or go back --to a number from 0 to {len(folders) - 2}."
+        way = way if len(folders) > 1 else "Nothing is to undo."
+        raise PerdureError(f"{folder} has {len(folders) - 1} states after the first. {way}")
     for one in reversed(folders[to + 1 :]):
         place = free_name(one.with_name(UNDONE + one.name))
         os.replace(one, place)
@@ -214,31 +217,6 @@ def measure(method: Method, tasks: Sequence[Task], tests: Mapping[str, Images], 
     for (kind, name), answer in zip(queries, answers, strict=True):
         found[kind][name] = hits(answer, labels[kind, name], name)
     return Measured(found["own"], found["of_all"])
-
-
-def kept_tests(keep: Keep, images: Images) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What is kept of a task's test pictures: files of tensors, and what the record says."""
-    if not len(images):  # of a task without labels
-        return {}, {"keep": keep}
-    if keep == "pictures":
-        pixels = images.pixels[:]
-        if pixels.is_floating_point():
-            pixels = (pixels * 255).round().to(torch.uint8)
-        return {"pictures": {"pixels": pixels, "labels": images.labels}}, {"keep": keep}
-    if keep == "paths":
-        check_kept(keep, images)
-        return {}, {"keep": keep, "paths": [str(p) for p in images.pixels.paths], "labels": images.labels.tolist()}
-    return {}, {"keep": keep}
-
-
-def check_kept(keep: Keep, images: Images) -> None:
-    """Refuse to keep paths of pictures that have none."""
-    files = isinstance(images.pixels, Files) and all(isinstance(p, Path) for p in images.pixels.paths)
-    if keep == "paths" and len(images) and not files:
-        raise PerdureError(
-            "keep=paths: not all pictures are files of their own, so they have no paths. Choose keep=pictures or none, when a "
-            "HOME is made."
-        )
 
 
 def known_as(task: Task, learned: Sequence[Task]) -> tuple[Task, list[str]]:

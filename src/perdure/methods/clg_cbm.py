@@ -224,7 +224,9 @@ class CLGCBM(HeadMethod):
     def told(self, shares: Tensor) -> list[Reason]:
         """What each concept contributed (M,), in words. A neighbouring word describes nothing: it is likened to."""
         found = concepts.summed(self.state.phrases, shares, TOLD)
-        return found if self.config.concepts else [(f"like “{word}”", share) for word, share in found]
+        return (
+            found if self.state.file or self.config.concepts else [(f"like “{word}”", share) for word, share in found]
+        )
 
     def explain(self, query: Query, chosen: Sequence[int]) -> list[list[Reason]]:
         columns, rows = known(self.state.classes, query.classes)

@@ -24,6 +24,13 @@ def compiled(backbone: Any, device: torch.device) -> None:
             block.compile()
 
 
+def like(source: Any, copy: Any) -> None:
+    """Compile those blocks of a copied model that are compiled in its source: a copy of a block is not."""
+    for block, own in zip(source.modules(), copy.modules(), strict=True):
+        if block._compiled_call_impl is not None:
+            own.compile()
+
+
 def check_compiler(device: torch.device) -> None:
     """Refuse what torch cannot do here: before the work, not at its first step."""
     try:

@@ -17,7 +17,7 @@ from perdure.core.errors import PerdureError
 from perdure.core.features import Memory
 from perdure.core.packing import Frozen
 from perdure.core.weights import Weights
-from perdure.models import lora, rotation
+from perdure.models import compiled, lora, rotation
 
 T = TypeVar("T")
 H = TypeVar("H", bound="Held")
@@ -106,7 +106,9 @@ class Held(nn.Module):
     def frozen_copy(self: H) -> H:
         """A copy of the model as it is now, which learns no more. What it was born with and what it remembers is shared."""
         shared = [self.__dict__[key] for key in ("pretrained", "_memory") if self.__dict__.get(key) is not None]
-        return copy.deepcopy(self, {id(one): one for one in shared}).requires_grad_(False)
+        found = copy.deepcopy(self, {id(one): one for one in shared}).requires_grad_(False)
+        compiled.like(self.backbone, found.backbone)
+        return found
 
     def load_weights(self, name: str, weights: Weights) -> None:
         """Take plain weights on, in place. A name that it holds already costs nothing."""

@@ -45,7 +45,7 @@ def described(limits: Limits) -> dict[str, Any]:
 EVERY = {
     "403": "Another site's page asks, or the server does not go by that name.",
     "500": "Something went wrong that should not; the server's terminal says what.",
-}  # of any request; no path has another than those below: 404, and 405 for another verb
+}  # of any request
 
 
 def get(summary: str, schema: str, *same: str) -> dict[str, Any]:
@@ -76,7 +76,10 @@ def predict(limits: Limits) -> dict[str, Any]:
             **{status: response(said, "Error") for status, said in EVERY.items()},
             "408": response("The upload took too long.", "Error"),
             "413": response("The upload is too large.", "Error"),
-            "503": response("Too many requests wait (Retry-After says for how long to wait), or it stops.", "Error"),
+            "503": response(
+                "Too many requests wait (Retry-After says for how long), the model cannot be read just now, or it stops.",
+                "Error",
+            ),
         },
     }
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
+from perdure.core.config import options as options_of
 from perdure.engine.home import Learned
+from perdure.engine.settings import ELSEWHERE, Settings
 from perdure.launch.folders import plain
 from perdure.launch.options import method_options
 from perdure.launch.sources import find_method
@@ -41,12 +43,15 @@ def model_card(
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without the places of the maker's machine: of files the names alone."""
+    """The configuration without what belongs to the maker's machine: of files the names alone, and nothing of how it was
+    trained there, compiled say."""
     source = {
         kind: {key: named(value) for key, value in about.items()} for kind, about in config.get("source", {}).items()
     }
     options = {key: named(value) for key, value in config["options"].items()}
-    return {**config, "options": options, **({"source": source} if source else {})}
+    usual = {key: option.default for key, option in options_of(Settings).items() if key in ELSEWHERE}
+    settings = {**config["settings"], **usual, **{key: config["settings"][key] for key in ("device", "threads")}}
+    return {**config, "options": options, "settings": settings, **({"source": source} if source else {})}
 
 
 def named(value: Any) -> Any:

@@ -18,22 +18,33 @@ from typing import Any
 from perdure.benchmarks.own.pictures import Pictures
 from perdure.core import stopping
 from perdure.core.caller import undisturbed
-from perdure.core.errors import PerdureError, unknown
+from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.state import only_one
 from perdure.data.task import Stream, Task
-from perdure.engine import home
-from perdure.engine.checkpoint import folder_name, free_name, read_task
-from perdure.engine.home import Keep
+from perdure.engine import home, keeping
+from perdure.engine.checkpoint import folder_name, free_name
+from perdure.engine.keeping import Keep
+from perdure.engine.run import finite
 from perdure.engine.settings import Settings
+from perdure.engine.steps import forget as forget_steps
 from perdure.engine.watcher import Watcher
 from perdure.launch.learner.answers import Answer, Shown, answered
 from perdure.launch.learner.comparison import Outcome, Outcomes, Row, compared, refusal
-from perdure.launch.learner.making import Asked, can_learn, check_same, configured, elsewhere, find_again, read_home
+from perdure.launch.learner.making import (
+    Asked,
+    can_learn,
+    check_loss,
+    check_same,
+    configured,
+    elsewhere,
+    find_again,
+    read_home,
+)
 from perdure.launch.learner.pictures import check_apart, check_unchanged, pictures_of, planned, prepared
 from perdure.launch.learner.pictures import unlabelled_pictures as unlabelled_of
 from perdure.launch.learner.probe import probe_of
-from perdure.launch.learner.state import Current, begin, bound, check_task, noted, write_state
+from perdure.launch.learner.state import Current, begin, bound, check_task, forget, noted, uncompiled, write_state
 
 
 class Learner:
@@ -92,40 +103,42 @@ class Learner:
         ``unlabelled``: learn from all pictures of a folder without knowing what they show, where the method can. ``told``
         hears of each task as soon as it is learned: what comes after may fail.
         """
+        check_loss(max_loss)
         with undisturbed():
             make, stream = (unlabelled_of if unlabelled else pictures_of)(pictures, name)
             config = self.made or configured(self.folder, stream, self.asked, self.watcher.warn)
             can_learn(config, stream)
             check_apart(self.folder, pictures)
-            for task in stream.tasks:
-                home.check_kept(config["home"]["keep"], task.test)
             if dry_run or len(stream.tasks) > 1:  # what is wrong with a later task is said before the first is learned
-                plan = planned(stream, home.course(self.folder, tensors=False)[1] if self.made else [])
+                plan = planned(stream, home.known(self.folder))
             if dry_run:
                 return plan
             self.folder.mkdir(parents=True, exist_ok=True)
             with only_one(self.folder):
                 begin(self.folder, config, self.watcher)
+                forget_steps(self.folder, [path.name for path in home.numbered(self.folder)])
                 self.made = read_home(self.folder)
                 out: list[Outcome] = []
                 for task in stream.tasks:
-                    out.append(self.learn_one(task, max_loss, lambda: check_unchanged(make, stream)))
-                    told(out[-1])
+                    out.append(self.learn_one(task, max_loss, lambda: check_unchanged(make, stream), told))
                     if not out[-1].accepted:
                         break
                 return Outcomes(out)
 
     def current(self, new: Task | None = None) -> Current:
         """What the HOME holds now, read and checked; ``new``: a task that is about to be learned."""
-        config = self.config
+        config = self.config if new else uncompiled(self.config)
         states, learned = home.course(self.folder)
         tasks = [one.task(k) for k, one in enumerate(learned)]
         method = bound(self.folder, config, [*tasks, new] if new else tasks, self.watcher)
         states[-1].restore(method)
         return Current(method, states, learned, probe_of(self.folder, config, method.clip))
 
-    def learn_one(self, task: Task, max_loss: float | None, check: Callable[[], None]) -> Outcome:
-        """Learn a task, measure, and take it or refuse it. ``check``: what must still hold when it is learned."""
+    def learn_one(
+        self, task: Task, max_loss: float | None, check: Callable[[], None], told: Callable[[Outcome], None]
+    ) -> Outcome:
+        """Learn a task, measure, and take it or refuse it. ``check``: what must still hold when it is learned; ``told``
+        hears what it has cost before anything can stop it."""
         ready, about, said = prepared(task, home.course(self.folder, tensors=False)[1])
         if ready is None:
             return Outcome(task.name, already=True, notes=tuple(said))
@@ -145,18 +158,20 @@ class Learner:
         rows = compared(now.rows(task), before, after.own, after.of_all)
         refused = refusal(rows, task.name, max_loss)
         check()
-        files, kept = home.kept_tests(self.config["home"]["keep"], task.test)
-        more = {"losses": losses, "phases": teacher.phases, "remarks": now.method.remarks(), "about": {**about, **kept}}
+        files, kept = keeping.kept_tests(self.config["home"]["keep"], task.test)
+        more = {
+            "losses": losses, "phases": teacher.phases, "remarks": finite(now.method.remarks()), "about": {**about, **kept},
+            "refused": refused, "max_loss": max_loss,
+        }  # fmt: skip
         place = folder_name(number, task.name)
         place = free_name(self.folder / f"{home.REFUSED}{place}").name if refused else place
-        record = noted(task.name, number, (start, learned)) | more | {"refused": refused, "max_loss": max_loss}
+        record = noted(task.name, number, (start, learned)) | more
         with stopping.held():
             write_state(self.folder / place, self.config, now, after, record, rows, files)
-            steps.done()
-            if not refused:
-                home.let_go(self.folder)
-        self.ready = None
-        return Outcome(task.name, tuple(rows), self.folder / place, refused, notes=tuple(said))
+            steps.done() if refused else home.let_go(self.folder)
+            self.ready = None
+            told(out := Outcome(task.name, tuple(rows), self.folder / place, refused, notes=tuple(said)))
+        return out
 
     # ---- looking back
 
@@ -174,18 +189,12 @@ class Learner:
 
     def kept(self) -> str:
         """What is kept of test pictures, and how much room the HOME takes, in words."""
-        return home.kept(self.folder, self.config["home"]["keep"])
+        return keeping.kept(self.folder, self.config["home"]["keep"])
 
     def undo(self, to: int | None = None) -> list[str]:
         """Take back the last task, or all after task number ``to`` (0: all). Nothing is deleted: their folders are renamed.
         Returns the names of the tasks taken back, the last one first."""
         with only_one(self.there()):
-            there = home.numbered(self.folder)
-            to = len(there) - 2 if to is None else to
-            if not 0 <= to < len(there) - 1:
-                way = f"Undo the last, or go back --to a number from 0 to {len(there) - 2}."
-                way = way if len(there) > 1 else "Nothing is to undo."
-                raise PerdureError(f"{self.folder} has {len(there) - 1} states after the first. {way}")
             self.ready = None
             return [path.name.removeprefix(home.UNDONE) for path in home.set_back(self.folder, to)]
 
@@ -194,18 +203,10 @@ class Learner:
         task's, ConDU's experts without the task's. It is a new state, which ``undo`` takes back: the states before it, which
         still know the task, stay in the folder. Returns what became of the others."""
         with undisturbed(), only_one(self.there()):
-            now, start = self.current(), time.perf_counter()
-            place = {one.name: now.states.index(one.saved) for one in now.learned}
-            if name not in place:
-                raise unknown("task", name, place) if place else PerdureError(f"{self.folder} has learned nothing yet.")
-            old, then = (read_task(now.states[place[name] - back].folder, tensors=True) for back in (1, 0))
-            now.method.forget(name, old.packed(), then.packed())
-            rest = replace(now, learned=[one for one in now.learned if one.name != name])
-            after, number = rest.measure(), len(now.states)
-            rows = compared(rest.rows(), now.hits(), after.own, after.of_all)
-            record = noted(f"without {name}", number, (start, time.perf_counter())) | {"forgot": name}
-            write_state(self.folder / folder_name(number, f"without-{name}"), self.config, rest, after, record, rows)
-            self.ready = None
+            now = self.current()
+            with stopping.held():
+                rows = forget(self.folder, self.config, now, name)
+                self.ready = None
             return rows
 
     # ---- answering, and others

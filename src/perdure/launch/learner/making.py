@@ -12,7 +12,7 @@ from perdure.core.config import options, resolve
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.data.task import Stream
-from perdure.engine.home import KEPT, Keep
+from perdure.engine.keeping import KEPT, Keep, check_kept
 from perdure.engine.settings import Settings
 from perdure.launch.configure import Warn, prepare
 from perdure.launch.folders import ELSEWHERE, plain, read_config
@@ -101,7 +101,7 @@ def check_same(folder: Path, config: Mapping[str, Any], asked: Asked) -> None:
             wrong.append((key, str(value), str(own)))
     if wrong:
         said = "; ".join(f"{key}: {given} was given, it was made with {own}" for key, given, own in wrong)
-        nothing = not any(p.name[5:7] != "00" for p in folder.glob("task_*"))
+        nothing = all(p.name.startswith("task_00_") for p in folder.glob("*task_*"))
         more = " It has learned nothing yet: delete the folder to begin anew." if nothing else ""
         raise PerdureError(
             f"{folder} is another model in use. {said}. Leave that out, or learn into a new folder.{more}"
@@ -136,8 +136,16 @@ def check_learner(method: Method, name: str) -> None:
         )
 
 
+def check_loss(most: float | None) -> None:
+    """Refuse what is no number of points."""
+    if most is not None and not 0 <= most <= 100:
+        raise PerdureError(f"max_loss={most}: give the points that may be lost, from 0 to 100; 100 takes anything.")
+
+
 def can_learn(config: Mapping[str, Any], stream: Stream) -> None:
-    """Refuse pictures without labels to what learns from labels."""
+    """Refuse pictures without labels to what learns from labels, and to keep paths of pictures that have none."""
+    for task in stream.tasks:
+        check_kept(config["home"]["keep"], task.test)
     if not all(task.labelled for task in stream.tasks) and built(config).needs_labels:
         raise PerdureError(
             f"{config['method']} learns from labels, and --unlabelled pictures have none. Make a HOME that can do without: "

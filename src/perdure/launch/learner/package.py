@@ -2,7 +2,8 @@
 
 ``config.json`` …            a plain checkpoint: the weights that answer, or those that experts and heads stand on
 ``experts/NAME/``            one a task, where the method keeps an expert a task
-``perdure.json``             the method, its options, classes, and what of it plain transformers will not have
+``perdure.json``             the method, its options (of files that it learned with the names alone: it answers without them),
+                             classes, and what of it plain transformers will not have
 ``perdure.safetensors``      heads, triggers, prototypes, modules, and changes to the weights
 ``base/``                    the model as it was found, where the plain checkpoint is another
 ``README.md``                the model card
@@ -19,7 +20,7 @@ from perdure.benchmarks import mini
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
-from perdure.core.state import digest, read_json, write_json
+from perdure.core.state import read_json, write_json
 from perdure.core.tensors import read_tensors, write_tensors
 from perdure.data.task import Query
 from perdure.engine.checkpoint import Saved, module_state
@@ -29,12 +30,12 @@ from perdure.engine.summary import FORMAT
 from perdure.launch.export import check_free, check_modules, whole
 from perdure.launch.learner.card import model_card, portable
 from perdure.launch.learner.learner import Learner
-from perdure.launch.learner.state import Current, bound
+from perdure.launch.learner.state import Current, bound, uncompiled
 from perdure.launch.sources import find_method
 from perdure.methods.base import METHODS, Method
 
 TENSORS, ABOUT, BASE, EXPERTS = "perdure.safetensors", "perdure.json", "base", "experts"
-PRIVATE = ("marks", "paths", "labels")  # of a task's record: pictures and where they lie
+PRIVATE = ("marks", "test_marks", "paths", "labels")  # of a task's record: pictures and where they lie
 
 
 def export_home(home: Learner, out: str | Path) -> list[str]:
@@ -55,7 +56,7 @@ def export_home(home: Learner, out: str | Path) -> list[str]:
 
 def write_package(home: Learner, now: Current, beside: Path) -> list[str]:
     """Write the checkpoints and what lies beside them; return what plain transformers will not have, in words."""
-    method, clip, config = now.method, now.method.clip, home.config
+    method, clip, config = now.method, now.method.clip, uncompiled(home.config)
     method.publish()  # read anew for this, and thrown away after it
     files, values = method.pack_state()
     files["modules"] = module_state(method)
@@ -70,15 +71,17 @@ def write_package(home: Learner, now: Current, beside: Path) -> list[str]:
         if root != config["weights"]:
             load_clip(config, str(mini.MODEL)).save(beside / BASE)
         experts = save_experts(method, now.learned, beside)
-    if tensors:
-        write_tensors(beside / TENSORS, tensors)
+    sha256 = write_tensors(beside / TENSORS, tensors)[0] if tensors else None
     left = left_out(method, experts)
     model = "." if root == config["weights"] else BASE
     public = {key: value for key, value in portable(config).items() if key != "home"}
+    kept = {key: value for key, value in config["options"].items() if value == public["options"][key]}
+    public["options"], files_of = kept, {key: value for key, value in public["options"].items() if key not in kept}
     known = [(one.name, {key: value for key, value in one.about.items() if key not in PRIVATE}) for one in now.learned]
+    public["settings"] = {**public["settings"], "model": model}
     write_json(beside / ABOUT, {
-        "format": FORMAT, "config": {**public, "settings": {**config["settings"], "model": model}}, "values": values,
-        "tensors": digest((beside / TENSORS).read_bytes()) if tensors else None, "files": list(files),
+        "format": FORMAT, "config": public, "values": values, "learned_with": files_of,
+        "tensors": sha256, "files": list(files),
         "beside": left, "experts": experts, "learned": [{"task": name, "about": about} for name, about in known],
     })  # fmt: skip
     return left
@@ -150,7 +153,9 @@ class Exported(Learner):
         config = self.about["config"]
         place = (folder / config["settings"]["model"]).resolve()
         super().__init__(folder / "no-home")
-        self.folder, self.made = folder, {**config, "settings": {**config["settings"], "model": str(place)}}
+        settings = {**config["settings"], "model": str(place)}
+        known = {key: value for key, value in config.items() if key != "source"}  # by its name, which was checked
+        self.folder, self.made = folder, {**known, "settings": settings}
 
     def current(self, new: Any = None) -> Current:
         about = self.about

@@ -23,7 +23,7 @@ from perdure.data.places import mark
 from perdure.data.task import Images, Stream, Task
 from perdure.engine.home import Learned, known_as, written
 from perdure.launch.learner.comparison import Outcome, Outcomes
-from perdure.launch.sources import find_stream
+from perdure.launch.sources import find_stream, plug_in
 
 
 def pictures_of(what: str | Path | Pictures | Stream, name: str) -> tuple[Callable[[], Stream], Stream]:
@@ -33,10 +33,12 @@ def pictures_of(what: str | Path | Pictures | Stream, name: str) -> tuple[Callab
     if isinstance(given, Pictures) and given.kind == "folder":  # which may be called what no task can be
         make: Callable[[], Stream] = partial(load_folder, given.settled().path, name)
     else:
-        if isinstance(given, Pictures) and not given.kind and any(mark in given.where for mark in "/\\."):
+        plug_in("perdure.streams")
+        code = isinstance(given, Pictures) and given.where.partition(":")[0].endswith(".py")
+        if isinstance(given, Pictures) and not given.kind and not code and any(mark in given.where for mark in "/\\."):
             there = "is a file" if expanded(given.where).exists() else "is not there"
             raise PerdureError(f"{what} {there}. Give a folder of pictures: CLASS/*, or TASK/CLASS/*.")
-        if isinstance(given, Pictures) and not given.kind and all(e.name != given.where for e in STREAMS):
+        if isinstance(given, Pictures) and not given.kind and not code and all(e.name != given.where for e in STREAMS):
             raise PerdureError(f"There is no folder {what}. Give a folder of pictures: CLASS/*, or TASK/CLASS/*.")
         find = find_stream(given.where if isinstance(given, Pictures) and not given.kind else given)[0]
         make = lambda: named(find(), name)  # noqa: E731

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from perdure.benchmarks import mini
+from perdure.core.errors import PerdureError, unknown
 from perdure.core.seeding import reseed
 from perdure.core.state import as_json, digest, write_json
 from perdure.data.checks import check_texts
 from perdure.data.task import Context, Images, Probe, Stream, Task
-from perdure.engine.checkpoint import Saved, folder_name, save_task
+from perdure.engine.checkpoint import Saved, folder_name, read_task, save_task
 from perdure.engine.environment import forget_peak_memory, peak_memory_mb
 from perdure.engine.home import Hits, Learned, Measured, all_classes, measure
 from perdure.engine.run import identity
@@ -24,7 +25,7 @@ from perdure.engine.settings import Settings, load_clip
 from perdure.engine.steps import Every, Steps
 from perdure.engine.teach import Teacher
 from perdure.engine.watcher import Watcher
-from perdure.launch.learner.comparison import Row
+from perdure.launch.learner.comparison import Row, compared
 from perdure.launch.learner.probe import keep_probe, probe_of
 from perdure.launch.runs import built
 from perdure.methods.base import Method
@@ -83,7 +84,11 @@ class Current:
         """Where the trainings of ``task`` are saved until it is learned: a stop costs no more than what came after the last.
         They belong to these pictures, after what is known now; ``about``: what the task's record says."""
         files = {key: one["sha256"] for key, one in sorted(self.last.record["files"].items())}
-        after = digest(as_json({"files": files, "about": about, "labels": task.train.labels.tolist()}))
+        after = digest(
+            as_json(
+                {"files": files, "about": about, "labels": task.train.labels.tolist(), "texts": task.train.captions}
+            )
+        )
         every = Every.read(Settings.recorded(config["settings"]).save_every)
         name = folder_name(len(self.states), task.name)
         return Steps(folder, name, [identity(config)], after, every, watcher.warn)
@@ -102,6 +107,11 @@ def bound(folder: Path, config: Mapping[str, Any], tasks: Sequence[Task], watche
     offered = str(mini.GENERATOR), mini.vocabulary(), *heard, tuple(tasks), "seen"
     method.bind(clip, Context(config["seed"], folder, config["stream"], *offered))
     return method
+
+
+def uncompiled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration to answer with: what is compiled answers the same, later."""
+    return {**config, "settings": {**config["settings"], "compile": False}}
 
 
 def begin(folder: Path, config: dict[str, Any], watcher: Watcher) -> None:
@@ -129,6 +139,21 @@ def write_state(
     kept = now.last.record["files"] if now.states else {}
     more = {"hits_of_all": after.of_all, **(files or {})}
     save_task(place.parent, place.name, now.method, after.own, record, kept, more)
+
+
+def forget(folder: Path, config: Mapping[str, Any], now: Current, name: str) -> list[Row]:
+    """Write a state that knows all but task ``name``; what became of the others. ``PerdureError`` where it is not known."""
+    start, place = time.perf_counter(), {one.name: now.states.index(one.saved) for one in now.learned}
+    if name not in place:
+        raise unknown("task", name, place) if place else PerdureError(f"{folder} has learned nothing yet.")
+    old, then = (read_task(now.states[place[name] - back].folder, tensors=True) for back in (1, 0))
+    now.method.forget(name, old.packed(), then.packed())
+    rest = replace(now, learned=[one for one in now.learned if one.name != name])
+    after, number = rest.measure(), len(now.states)
+    rows = compared(rest.rows(), now.hits(), after.own, after.of_all)
+    record = noted(f"without {name}", number, (start, time.perf_counter())) | {"forgot": name}
+    write_state(folder / folder_name(number, f"without-{name}"), config, rest, after, record, rows)
+    return rows
 
 
 def noted(name: str, number: int, times: tuple[float, float]) -> dict[str, Any]:
