@@ -33,6 +33,7 @@ from perdure.training import scale
 from perdure.training.fit import Accumulator
 from perdure.training.scale import Scale
 
+BACKENDS: Any = torch.backends
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CUDA: dict[str, Any] = {**SHORT, "device": "cuda"}
 
@@ -124,14 +125,14 @@ def test_deterministic_algorithms_last_as_long_as_the_run(monkeypatch: pytest.Mo
     [
         lambda: torch.set_float32_matmul_precision("medium"),
         lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
-        lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
-        lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+        lambda: setattr(BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
+        lambda: setattr(BACKENDS, "fp32_precision", "tf32"),
     ],
 )
 def test_fp32_is_fp32_however_the_caller_rounds_and_he_rounds_so_again(said: Callable[[], None]) -> None:
     if not device.products():
         pytest.skip("this torch has one way alone of saying it")
-    usual, everywhere = device.rounding(), torch.backends.fp32_precision
+    usual, everywhere = device.rounding(), BACKENDS.fp32_precision
     try:
         said()
         before = device.rounding()
@@ -141,7 +142,7 @@ def test_fp32_is_fp32_however_the_caller_rounds_and_he_rounds_so_again(said: Cal
             assert set(newer) == {"ieee"} and older == ("highest", False)
         assert device.rounding() == before
     finally:
-        torch.backends.fp32_precision = everywhere
+        BACKENDS.fp32_precision = everywhere
         device.round_products(*usual)
 
 
