@@ -91,8 +91,16 @@ def test_what_was_saved_under_other_captions_is_not_gone_on_with(tmp_path: Path,
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path / "HOME", drawings, **values, watcher=Stops()).learn(listed("drawn"), max_loss=100)
     assert (tmp_path / "HOME" / "begun_task_01_captions" / "state.json").exists()
+    heard: list[str] = []
+
+    class Ear(Watcher):
+        def warn(self, text: str) -> None:
+            heard.append(text)
+
     for name in ("HOME", "whole"):
-        assert opened(tmp_path / name, drawings, **values).learn(listed("painted"), max_loss=100).accepted
+        home = opened(tmp_path / name, drawings, **values, watcher=Ear())
+        assert home.learn(listed("painted"), max_loss=100).accepted
+    assert sum("began with something else" in text for text in heard) == 1
     assert same_bits(weights(tmp_path / "HOME"), weights(tmp_path / "whole"))
     (drawings / "captions.csv").unlink()
 

@@ -151,7 +151,10 @@ class Steps:
                 raise PerdureError(
                     f"{self.folder.parent}/config.json was changed after {self.folder.name} was saved. Start a new run."
                 )
-            if record["after"] != self.after:  # the task before it was learned anew
+            if record["after"] != self.after:  # the task before it was learned anew, or it is taught other pictures
+                self.warn(
+                    f"What was saved of {self.name} began with something else: it is left out, and training begins anew."
+                )
                 self.done()
                 return
             self.entries, self.spent = record["trainings"], record["seconds"]
