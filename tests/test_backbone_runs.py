@@ -73,6 +73,35 @@ def test_every_kind_of_method_learns_and_its_export_answers_the_same(name: str, 
             assert 100 * answers.eq(task.test.labels).double().mean().item() == pytest.approx(accuracy)
 
 
+SHORT: dict[str, Any] = {
+    "iterations": 1, "warmup": 0, "batch_size": 4, "synthetic": 4, "synthetic_batch": 2, "sampling_steps": 1,
+    "reference": "drawings", "reference_batch": 4, "answer.features": 16, "align_epochs": 1, "align_draws": 2, "draws": 2,
+    "replay": "full", "per_class": 1, "search_epochs": 1, "meta_source": "drawings", "meta_steps": 1, "meta_batch": 1,
+    "replayed": 2,
+}  # fmt: skip
+FORWARDS = ("moe_adapters", "cpe_clip")  # they need a text that is read forwards, and say so
+REMEMBERING = ("experience_replay", "icarl", "ocl_sda")
+OTHERS = [e.name for e in launch.methods() if "role" not in e.about and e.name not in METHODS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in OTHERS if "+" not in name])
+def test_every_other_method_learns_or_says_before_the_work_why_it_cannot(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    known = launch.method_options(launch.method_entry(name))
+    options = {key: value for key, value in SHORT.items() if key in known}
+    options |= {"memory": 52} if name in REMEMBERING else {}
+    options |= {"prompt": "name"} if name == "cgil" else {}  # this tokenizer joins a name to the vectors before it
+    values = {"tasks": 2, "images": 24, "precision": "fp32", **options}
+    if name in FORWARDS:
+        with pytest.raises(PerdureError, match="Use it with a CLIP"):
+            perdure.run(name, "mini-mtil", tmp_path / "run", model=str(folder), **values)
+        assert not list((tmp_path / "run").glob("task_*"))
+    else:
+        assert perdure.run(name, "mini-mtil", tmp_path / "run", model=str(folder), **values)["finished"]
+
+
 @pytest.mark.slow
 def test_siglip_2_learns_from_files_pressed_into_its_square_and_no_other_model_goes_on(tmp_path: Path) -> None:
 

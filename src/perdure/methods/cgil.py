@@ -90,7 +90,7 @@ class CGIL(HeadMethod):
         super().join(clip, context)
         for task in context.tasks:
             self.check(task)
-        width, wide = clip.backbone.config.projection_dim, clip.token_embedding.embedding_dim
+        width, wide = clip.width, clip.token_embedding.embedding_dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(context.seed, "network of CGIL"))
             self.network = network(width, wide).to(clip.device)

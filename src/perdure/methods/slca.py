@@ -116,7 +116,7 @@ class SLCA(HeadMethod):
     def begin_task(self, task: Task) -> None:
         self.head = None
         if not self.learns_apart:
-            self.head, self.column = self.born(task, self.clip.backbone.config.projection_dim)
+            self.head, self.column = self.born(task, self.clip.width)
 
     def born(self, task: Task, width: int) -> tuple[nn.Linear, Tensor]:
         """A new head for the classes that have images, and the column of each of the task's classes (C,)."""

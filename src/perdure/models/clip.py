@@ -80,6 +80,13 @@ class CLIP(TwoTowers):
         self.check_known(ids)
         return ids[:, : int(lengths.max())].to(self.device)
 
+    def framed(self, words: Tensor) -> Tensor:
+        """Token ids (N, L + 2) of texts that are given as those of their words (N, L): start, words, end."""
+        start, end = (
+            words.new_full((len(words), 1), t) for t in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        )
+        return torch.cat([start, words, end], 1).to(self.device)
+
     def seen(self, images: Tensor, hidden: bool = False) -> Any:
         """What transformers' image tower gives of images as ``pixels`` takes them; ``hidden``: of every block too."""
         return self.backbone.vision_model(pixel_values=self.pixels(images), output_hidden_states=hidden)

@@ -69,6 +69,14 @@ class SigLIP(CLIP):
         self.check_known(torch.tensor(ids))
         return torch.tensor(ids, device=self.device)
 
+    def framed(self, words: Tensor) -> Tensor:
+        """Words (N, L), an end if the tokenizer has one, and padding (N, context): there is no start."""
+        tokenizer, context = self.tokenizer, self.backbone.config.text_config.max_position_embeddings
+        ends = [] if tokenizer.eos_token_id is None else [words.new_full((len(words), 1), tokenizer.eos_token_id)]
+        ids = torch.cat([words, *ends], 1)
+        padding = words.new_full((len(words), context - ids.shape[1]), tokenizer.pad_token_id)
+        return torch.cat([ids, padding] if tokenizer.padding_side == "right" else [padding, ids], 1).to(self.device)
+
     def read(self, ids: Tensor) -> Tensor:
         hidden = self.backbone.text_model(input_ids=ids).last_hidden_state[:, -1]
         with torch.autocast(hidden.device.type, enabled=False):

@@ -139,16 +139,16 @@ class Reference:
 
 
 def random_sentences(clip: CLIP, count: int, seed: int) -> Tensor:
-    """Token ids (count, 12): start, ten drawn uniformly from the whole vocabulary, end; fewer where the text tower reads fewer.
+    """Token ids (count, 12): start, ten drawn uniformly from the whole vocabulary, end; fewer where the text tower reads fewer,
+    and as a SigLIP has its texts.
 
     The vocabulary holds the end token too: where it is drawn the sentence ends, as CLIP reads a text at its first one.
     """
-    text, tokenizer = clip.backbone.config.text_config, clip.tokenizer
+    text = clip.backbone.config.text_config
     words = min(WORDS, text.max_position_embeddings - 2)
     draws = torch.Generator().manual_seed(seed)
     inside = torch.randint(text.vocab_size, (count, words), generator=draws)
-    ends = [torch.full((count, 1), token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
-    return torch.cat([ends[0], inside, ends[1]], 1).to(clip.device)
+    return clip.framed(inside)
 
 
 def strangers(config: Any, context: Context, clip: CLIP) -> Replay | Files | None:
