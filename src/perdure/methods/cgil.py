@@ -88,6 +88,11 @@ class CGIL(HeadMethod):
 
     def join(self, clip: CLIP, context: Context) -> None:
         super().join(clip, context)
+        if clip.kind != "clip":
+            raise PerdureError(
+                f"cgil puts vectors into a text that is read forwards, to its end; the {clip.kind} at {clip.path} reads all of "
+                "one that is as long as may be. Use it with a CLIP."
+            )
         for task in context.tasks:
             self.check(task)
         width, wide = clip.width, clip.token_embedding.embedding_dim
