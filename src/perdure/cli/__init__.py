@@ -85,4 +85,6 @@ def main() -> None:
             sys.stdout.flush()  # here, where it is known what to say if nobody reads it
         except (typer.Abort, KeyboardInterrupt):
             code = 130
+    if processes.count() > 1:
+        processes.end(int(code or 0))
     raise SystemExit(code or 0)

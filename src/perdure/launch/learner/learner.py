@@ -31,16 +31,7 @@ from perdure.engine.steps import forget as forget_steps
 from perdure.engine.watcher import Watcher
 from perdure.launch.learner.answers import Answer, Shown, answered
 from perdure.launch.learner.comparison import Outcome, Outcomes, Row, compared, refusal
-from perdure.launch.learner.making import (
-    Asked,
-    can_learn,
-    check_loss,
-    check_same,
-    configured,
-    elsewhere,
-    find_again,
-    read_home,
-)
+from perdure.launch.learner.making import Asked, can_learn, check_same, configured, elsewhere, find_again, read_home
 from perdure.launch.learner.pictures import check_apart, check_unchanged, pictures_of, planned, prepared
 from perdure.launch.learner.pictures import unlabelled_pictures as unlabelled_of
 from perdure.launch.learner.probe import probe_of
@@ -103,11 +94,10 @@ class Learner:
         ``unlabelled``: learn from all pictures of a folder without knowing what they show, where the method can. ``told``
         hears of each task as soon as it is learned: what comes after may fail.
         """
-        check_loss(max_loss)
         with undisturbed():
             make, stream = (unlabelled_of if unlabelled else pictures_of)(pictures, name)
             config = self.made or configured(self.folder, stream, self.asked, self.watcher.warn)
-            can_learn(config, stream)
+            can_learn(config, stream, max_loss)
             check_apart(self.folder, pictures)
             if dry_run or len(stream.tasks) > 1:  # what is wrong with a later task is said before the first is learned
                 plan = planned(stream, home.known(self.folder))
@@ -141,7 +131,8 @@ class Learner:
         hears what it has cost before anything can stop it."""
         ready, about, said = prepared(task, home.course(self.folder, tensors=False)[1])
         if ready is None:
-            return Outcome(task.name, already=True, notes=tuple(said))
+            told(old := Outcome(task.name, already=True, notes=tuple(said)))
+            return old
         now = self.current(ready)
         number, view = len(now.states), now.method.clip.view
         task = replace(ready, index=len(now.learned), train=ready.train.at(*view), test=ready.test.at(*view))

@@ -136,14 +136,11 @@ def check_learner(method: Method, name: str) -> None:
         )
 
 
-def check_loss(most: float | None) -> None:
-    """Refuse what is no number of points."""
+def can_learn(config: Mapping[str, Any], stream: Stream, most: float | None) -> None:
+    """Refuse pictures without labels to what learns from labels, to keep paths of pictures that have none, and a largest loss
+    that is no number of points."""
     if most is not None and not 0 <= most <= 100:
         raise PerdureError(f"max_loss={most}: give the points that may be lost, from 0 to 100; 100 takes anything.")
-
-
-def can_learn(config: Mapping[str, Any], stream: Stream) -> None:
-    """Refuse pictures without labels to what learns from labels, and to keep paths of pictures that have none."""
     for task in stream.tasks:
         check_kept(config["home"]["keep"], task.test)
     if not all(task.labelled for task in stream.tasks) and built(config).needs_labels:
