@@ -85,6 +85,10 @@ def main() -> None:
             sys.stdout.flush()  # here, where it is known what to say if nobody reads it
         except (typer.Abort, KeyboardInterrupt):
             code = 130
-    if processes.count() > 1:
-        processes.end(int(code or 0))
+    if (
+        processes.count() > 1
+    ):  # Python would tear down gloo's threads, which may abort: to the launcher a failure of the run
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code or 0)
     raise SystemExit(code or 0)

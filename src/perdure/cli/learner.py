@@ -103,16 +103,18 @@ def tidily(home: Path) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         saved, code = (stop.saved, stop.code) if isinstance(stop, stopping.Stopped) else ("", 130)
         found = newest(home)
-        now = "before" if found in (before, (0, "before")) else f"after {found[1]}"
+        now = "before" if found in (before, "before") else f"after {found}"
         kept = f", and the training at hand is kept up to {saved}" if saved else ""
         say(f"\nStopped. {home} is as it was {now}{kept}; the same command goes on from there.")
         raise typer.Exit(code) from None
 
 
-def newest(home: Path) -> tuple[int, str]:
-    """The current state's number and task, by the names of the folders."""
-    found = [path.name.split("_", 2) for path in expanded(home).glob("task_*_*")]
-    return max(((int(number), name) for _, number, name in found if number.isdigit()), default=(0, "before"))
+def newest(home: Path) -> str:
+    """What the current state was made by, by its folder's name; ``before`` where nothing was."""
+    from perdure.engine.home import numbered
+
+    folder = expanded(home)
+    return numbered(folder)[-1].name.split("_", 2)[2] if any(folder.glob("task_*")) else "before"
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -126,14 +125,6 @@ def leave() -> None:
 
         barrier()
         dist.destroy_process_group()
-
-
-def end(code: int) -> None:
-    """End this process, of several, when all is written: what Python would tear down holds threads of gloo, at which C++ now
-    and then aborts, and the launcher takes it for a failure of the run."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
 
 
 LONELY = (
