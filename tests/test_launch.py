@@ -26,6 +26,7 @@ from perdure import launch
 from perdure.benchmarks import mini
 from perdure.core.errors import PerdureError
 from perdure.data.task import Stream
+from perdure.engine.environment import cpu, differing
 from perdure.launch import folders
 from perdure.methods.base import METHODS, Method, Row
 from perdure.methods.compose import Compose
@@ -349,6 +350,10 @@ def test_a_clip_whose_folder_changes_while_it_is_used_is_refused(tmp_path: Path)
         clip.pretrained  # noqa: B018
 
 
+def test_what_an_older_run_did_not_note_is_not_called_changed() -> None:
+    assert differing({"torch": "2.0", "cores": 64}, {"torch": "2.0", "cores": 2, "cpu": "x"}) == []
+
+
 @pytest.mark.slow
 def test_a_run_begun_on_an_accelerator_can_be_gone_on_with_here(short_run: Run) -> None:
     if torch.cuda.is_available():
@@ -357,6 +362,7 @@ def test_a_run_begun_on_an_accelerator_can_be_gone_on_with_here(short_run: Run) 
     folder = m["folder"]
     config = json.loads((folder / "config.json").read_text())
     config["settings"]["device"] = config["environment"]["device"] = "cuda"
+    config["environment"] |= {"cpu": "another", "gpu": "a card"}
     (folder / "config.json").write_text(json.dumps(config))
     shutil.rmtree(next(folder.glob("task_03*")))
     (folder / "metrics.json").unlink()
@@ -364,7 +370,10 @@ def test_a_run_begun_on_an_accelerator_can_be_gone_on_with_here(short_run: Run) 
     ear = launch.Watcher()
     setattr(ear, "warn", heard.append)  # noqa: B010
     assert perdure.resume(folder, ear)["accuracy"] == m["accuracy"]
-    assert any("environment has changed (device" in text for text in heard)
+    [said] = [text for text in heard if "environment has changed" in text]
+    assert all(
+        part in said for part in ("device: cuda, now cpu", "gpu: a card, now None", f"cpu: another, now {cpu()}")
+    )
     assert launch.export(folder, folder.parent / "out").startswith("The model after food")
 
 

@@ -7,8 +7,11 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from perdure.engine.settings import Settings
 
@@ -20,11 +23,28 @@ def environment(settings: Settings) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.machine(),
+        "cpu": cpu(),
+        "gpu": torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else None,
         "cores": os.cpu_count(),
         "threads": settings.threads,
         "device": settings.device,
         **{name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def cpu() -> str:
+    """The processor's name, and the vectors that torch uses of it: both decide the last bits."""
+    name = platform.processor()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{name or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is another now and may change the last bits, in words; what was not noted before cannot be compared."""
+    compared = [key for key in now if key in before and key not in ("cores", "platform")]  # a kernel changes no bit
+    return [f"{key}: {before[key]}, now {now[key]}" for key in compared if now[key] != before[key]]
 
 
 def forget_peak_memory() -> None:

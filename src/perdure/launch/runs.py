@@ -20,7 +20,7 @@ from perdure.core.state import write_json
 from perdure.data.task import Stream, silent
 from perdure.data.tolerated import without
 from perdure.engine.alike import check_batch, check_config
-from perdure.engine.environment import environment
+from perdure.engine.environment import differing, environment
 from perdure.engine.run import run as engine_run
 from perdure.engine.settings import Settings
 from perdure.engine.watcher import Watcher, Watchers
@@ -183,10 +183,9 @@ def resume(
         check_batch(config["options"])
         check_config(folder, config, same_run)
         settings = Settings.recorded(config["settings"])
-        now = environment(settings)
-        changed = [k for k in now if now[k] != config["environment"].get(k) and k not in ("cores", "platform")]
+        changed = differing(config["environment"], environment(settings))
         if changed and not is_finished(folder):
-            ears.warn(f"The environment has changed ({', '.join(changed)}): the last bits may differ.")
+            ears.warn(f"The environment has changed ({'; '.join(changed)}): the last bits may differ.")
         with tracking(folder, config, kinds if processes.main() else ()) as tracked:
             heard = [ears, Replacing(folder), tracked] if processes.main() else []
             return engine_run(built, data, config, folder, Watchers(heard))

@@ -139,7 +139,7 @@ class KeepLoRA(Method):
         c, state = self.config, self.state
         if not state.basis:
             for name, layer in self.places.items():
-                share = c.weight_energy_image if name.startswith("vision_model") else c.weight_energy_text
+                share = c.weight_energy_image if self.clip.part_of(name) == "image" else c.weight_energy_text
                 state.basis[name] = subspace.of_weight(layer.weight, share, c.side, c.weight_stop)
         self.classifier = None  # the gradient is that of the towers' own logits
         weights = {name: layer.weight for name, layer in self.places.items()}
@@ -201,10 +201,10 @@ class KeepLoRA(Method):
         if self.classifier is not None:
             state.classes[task.name] = [c.name for c in task.classes]
             state.rows[task.name] = self.classifier.rows.detach().clone()
-        for tower in ("vision_model", "text_model"):
-            shares = [u.shape[1] / u.shape[0] for name, u in state.basis.items() if name.startswith(tower)]
+        for tower in ("image", "text"):
+            shares = [u.shape[1] / u.shape[0] for name, u in state.basis.items() if self.clip.part_of(name) == tower]
             if shares:
-                self.said[f"protected, {tower.removesuffix('_model')}"] = sum(shares) / len(shares)
+                self.said[f"protected, {tower}"] = sum(shares) / len(shares)
         self.said["norm of the update"] = sum(d.double().square().sum().item() for d in deltas.values()) ** 0.5
 
     def grams(self, task: Task) -> dict[str, Tensor]:

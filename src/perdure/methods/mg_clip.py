@@ -141,7 +141,7 @@ class MGCLIP(Method):
     @torch.no_grad()
     def freeze(self) -> None:
         """From the second task on, let no A learn."""
-        factors = {n: p for n, p in self.clip.backbone.named_parameters() if ".lora_A." in n}
+        factors = lora.downward(self.clip.backbone)
         if not self.state.first_A:
             self.state.first_A = {name: a.detach().clone() for name, a in factors.items()}
             return

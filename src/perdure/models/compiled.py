@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from perdure.core.errors import PerdureError
+from perdure.models.recompute import blocks
 
 
 def compiled(backbone: Any, device: torch.device) -> None:
@@ -15,13 +16,11 @@ def compiled(backbone: Any, device: torch.device) -> None:
     What methods hang into a block (adapters, prompts, whoever listens) is compiled with it, and anew when it changes.
     """
     import torch._dynamo.config as dynamo
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
     check_compiler(device)
     dynamo.skip_nnmodule_hook_guards = False  # hooks come and go
-    for block in backbone.modules():
-        if isinstance(block, GradientCheckpointingLayer):
-            block.compile()
+    for block in blocks(backbone).values():
+        block.compile()
 
 
 def like(source: Any, copy: Any) -> None:

@@ -30,7 +30,7 @@ def grams(
     def add(name: str, x: Tensor) -> None:
         sums[name] = sums[name] + x if name in sums else x
 
-    seen = {name: layer for name, layer in shared.items() if name.startswith("vision_model")}
+    seen = {name: layer for name, layer in shared.items() if clip.part_of(name) == "image"}
     if seen:
         count = 0
         if not averaged:

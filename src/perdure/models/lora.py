@@ -98,6 +98,11 @@ def factors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items() if adapts(name)}
 
 
+def downward(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Every adapter's A, itself, by its name."""
+    return {name: parameter for name, parameter in module.named_parameters() if ".lora_A." in name}
+
+
 def multiplied(module: nn.Module, weights: Weights, found: Weights) -> Lazy:
     """Plain ``weights`` with the products of the factors ``found`` added, tensor by tensor as they are asked for."""
     scale = {f"{name}.weight": layer.scaling["default"] for name, layer in adapters(module)}

@@ -31,32 +31,34 @@ def in_parts(tower: Callable[[Tensor], Tensor], inputs: Tensor, parts: int) -> T
     return torch.cat([checkpoint(tower, part, use_reentrant=False) for part in inputs.tensor_split(count)])
 
 
-def by_blocks(backbone: Any) -> None:
-    """Let every block of a transformers model keep its input alone."""
+def blocks(backbone: Any) -> dict[str, Any]:
+    """The blocks of a transformers model's towers, in order, by name."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    return {name: block for name, block in backbone.named_modules() if isinstance(block, GradientCheckpointingLayer)}
+
+
+def by_blocks(backbone: Any) -> None:
+    """Let every block of a transformers model keep its input alone."""
     # later versions of transformers 5 call it activation checkpointing, and warn of the old name
     enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    for block in backbone.modules():
-        if isinstance(block, GradientCheckpointingLayer):
-            block.training = True  # of the block alone, which asks for it; the dropout inside stays off
+    for block in blocks(backbone).values():
+        block.training = True  # of the block alone, which asks for it; the dropout inside stays off
 
 
 @contextlib.contextmanager
 def differentiable_twice(clip: Any) -> Iterator[None]:
     """Meanwhile nothing is computed again, as it would be by the weights that ``clip`` holds by then, nor shared out to several
     processes, and attention is done by plain products: the fused kernels have no second derivative."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     parts, clip.accumulate = clip.accumulate, 1
-    blocks = [b for b in clip.backbone.modules() if isinstance(b, GradientCheckpointingLayer) and b.training]
-    for block in blocks:
+    twice = [block for block in blocks(clip.backbone).values() if block.training]
+    for block in twice:
         block.training = False
     try:
         with sdpa_kernel(SDPBackend.MATH), processes.alone():
             yield
     finally:
         clip.accumulate = parts
-        for block in blocks:
+        for block in twice:
             block.training = True

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from perdure.core import processes
 from perdure.models.clip import CLIP
+from perdure.models.recompute import blocks
+from perdure.models.towers import Part
 from perdure.ops.losses import variance_covariance
 from perdure.training.fit import Regulariser
 
-ROOTS = {"image": ("vision_model",), "text": ("text_model",), "both": ("vision_model", "text_model")}
+TOWERS: dict[str, tuple[Part, ...]] = {"image": ("image",), "text": ("text",), "both": ("image", "text")}
 
 
 class Options(Protocol):
@@ -45,10 +47,9 @@ class Spread:
     def blocks(self) -> dict[str, nn.Module]:
         """The blocks that are regularised, by name."""
         out: dict[str, nn.Module] = {}
-        for root in ROOTS[self.options.vcreg_towers]:
-            layers = list(getattr(self.clip.backbone, root).encoder.layers)
-            first = len(layers) - 1 if self.options.vcreg == "last" else 0
-            out |= {f"{root}.{number}": layers[number] for number in range(first, len(layers))}
+        for tower in TOWERS[self.options.vcreg_towers]:
+            own = [(n, block) for n, block in blocks(self.clip.backbone).items() if self.clip.part_of(n) == tower]
+            out |= dict(own[-1:] if self.options.vcreg == "last" else own)
         return out
 
     def read(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -63,7 +64,7 @@ class Spread:
         x = out[0] if isinstance(out, tuple) else out
         if not x.requires_grad:
             return
-        texts = name.startswith("text") and self.inside is not None
+        texts = self.clip.part_of(name) == "text" and self.inside is not None
         self.seen.setdefault(name, []).append(x[self.inside] if texts else x.flatten(0, -2))
 
     def terms(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
