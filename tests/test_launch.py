@@ -305,6 +305,22 @@ def test_the_same_command_again_goes_on(short_run: Run) -> None:
 
 
 @pytest.mark.slow
+def test_the_same_command_goes_on_where_a_machine_would_choose_another_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, folder = {**SHORT, "tasks": 1}, tmp_path / "run"
+    asked.pop("precision", None)
+    for chosen, values in (("bf16", asked), ("fp32", asked)):  # as a processor with, one without would
+        monkeypatch.setattr("perdure.engine.settings.precision_of", lambda wanted, device, chosen=chosen: chosen)
+        launch.begin("finetune", "mini-mtil", folder, assignments=values, go_on=True)
+    assert json.loads((folder / "config.json").read_text())["settings"]["precision"] == "bf16"
+    with pytest.raises(PerdureError, match="holds this very run, unfinished"):
+        launch.begin("finetune", "mini-mtil", folder, assignments=asked)
+    with pytest.raises(PerdureError, match="it differs in precision"):  # asked for by a person
+        launch.begin("finetune", "mini-mtil", folder, assignments={**asked, "precision": "fp32"}, go_on=True)
+
+
+@pytest.mark.slow
 def test_several_seeds_killed_and_gone_on_with(tmp_path: Path) -> None:
     begin = ["run", "--method", "finetune", "--stream", "mini-mtil", "--seeds", "2", *WORDS, "threads=1"]
     assert command(*begin, "--out", tmp_path / "whole").returncode == 0

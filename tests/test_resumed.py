@@ -120,3 +120,35 @@ def test_when_all_classes_compete_less_is_right_and_never_more(tmp_path: Path) -
     assert own["losses"] == every["losses"]  # training asks among the task's classes all the same
     pairs = [(a, b) for x, y in zip(every["accuracy"], own["accuracy"], strict=True) for a, b in zip(x, y, strict=True)]
     assert all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+class Counting(Watcher):
+    """Breaks a run off where its first task is evaluated, the first time; counts steps."""
+
+    def __init__(self, breaks: bool):
+        self.breaks, self.steps, self.number = breaks, 0, 0
+
+    def learns(self, task: str, number: int) -> None:
+        self.number = number
+
+    def step(self, *heard: Any) -> None:
+        self.steps += self.number == 1
+
+    def evaluates(self) -> None:
+        if self.breaks and self.number == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_stop_after_the_last_step_costs_no_training_that_took_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perdure.engine.steps.WORTH", 0.0)
+    broken, again = Counting(True), Counting(False)
+    asked = {**SHORT, "tasks": 1, "threads": 1}
+    with pytest.raises(KeyboardInterrupt):
+        perdure.run("finetune", "mini-mtil", tmp_path / "broken", watcher=broken, **asked)
+    assert broken.steps == SHORT["iterations"] and list((tmp_path / "broken").glob("begun_*"))
+    launch.resume(tmp_path / "broken", again)
+    perdure.run("finetune", "mini-mtil", tmp_path / "whole", **asked)
+    assert again.steps == 0 and outcome(tmp_path / "broken") == outcome(tmp_path / "whole")

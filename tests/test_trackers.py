@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from perdure import launch
 from perdure.core.errors import PerdureError
 from perdure.engine.watcher import Watcher
 from perdure.launch.trackers import checked
+from perdure.launch.trackers.files import JSONLines
 
 ASKED: dict[str, Any] = {**SHORT, "tasks": 2, "iterations": 4, "warmup": 2, "lr": 3e-4, "threads": 1}
 OF_TIME = ("images_per_second", "seconds/train", "seconds/evaluate", "peak_memory_mb")
@@ -116,6 +118,46 @@ def test_tensorboard_and_wandb_take_it_in_their_own_forms(
     assert len(offline) == 2  # one a process, under one name
     assert len({p.name for p in offline}) == 1
     assert b"accuracy/probe" in offline[1].read_bytes() and b"loss/task" in offline[0].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_tracker_that_refuses_ends_nothing_that_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nobody: None
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0")  # somebody is logged in, with a key that is none
+    words = ["run", "--method", "finetune", "--stream", "mini-mtil", "--out", tmp_path / "refused", "tasks=2"]
+    line = [sys.executable, "-m", "perdure", *map(str, words), "--report-to", "jsonl,wandb"]
+    found = subprocess.run(line, capture_output=True, text=True)  # of its own: wandb remembers how it was set up
+    said = " ".join(found.stderr.split())
+    assert found.returncode == 2 and "tracker wandb cannot be begun" in said and "API key" in said
+    assert not list((tmp_path / "refused").glob("task_*"))  # said before the work
+
+    written, say = [0], JSONLines.say
+
+    def full(tracker: JSONLines, text: str) -> None:
+        written[0] += 1
+        if written[0] > 3:
+            raise OSError(28, "No space left on device")
+        say(tracker, text)
+
+    monkeypatch.setattr(JSONLines, "say", full)
+    heard: list[str] = []
+    ear = launch.Watcher()
+    setattr(ear, "warn", heard.append)  # noqa: B010
+    perdure.run("finetune", "mini-mtil", tmp_path / "run", watcher=ear, report_to="jsonl,csv", **ASKED)
+    assert [text for text in heard if "tracker" in text] == [
+        "The tracker jsonl failed ([Errno 28] No space left on device): it hears no more. The run goes on."
+    ]
+    assert len(records(tmp_path / "run")) == 4  # the configuration, and three
+    assert table(tmp_path / "run")[-1][0] == "row"  # the other heard all
+
+
+@pytest.mark.slow
+def test_a_run_that_is_tracked_later_has_its_configuration_in_the_table(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        perdure.run("finetune", "mini-mtil", tmp_path, watcher=Enough(), **ASKED)
+    launch.resume(tmp_path, report_to="csv")
+    assert ["config", "0", "", "0", "0", "method", "finetune"] in table(tmp_path)
 
 
 def test_an_unknown_tracker_and_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

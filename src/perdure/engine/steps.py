@@ -29,6 +29,7 @@ from perdure.engine.checkpoint import free_name, read_record, seal
 from perdure.training.progress import Keeper, Place, Saver, Snapshot
 
 BEGUN, INSIDE = "begun_", "//"
+WORTH = 30.0  # seconds of training that are kept at its end, however seldom it is saved
 UNITS = {"s": 1, "min": 60, "h": 3600}
 
 
@@ -84,13 +85,17 @@ class Steps:
             self.told = stopping.agreed()
             if self.told:
                 return True
-            if place.last:
-                return key in self.entries  # what was worth a save inside is worth one at its end
+            if place.last and (key in self.entries or self.costly()):  # a stop may come while it is fused, or evaluated
+                return True
             if self.every.steps:
                 return place.step % self.every.steps == 0
             return bool(self.every.seconds) and time.monotonic() - self.saved >= self.every.seconds
 
         return Keeper(found, due, lambda snapshot: self.keep(key, name, snapshot), told)
+
+    def costly(self) -> bool:
+        """Whether much was trained since the last save, of a task that is to be saved at all."""
+        return (self.every.steps > 0 or self.every.seconds > 0) and time.monotonic() - self.saved >= WORTH
 
     def keep(self, key: str, name: str, snapshot: Snapshot) -> None:
         """Save; where the disk refuses, the training goes on. A process that was asked to stop does so now."""

@@ -101,6 +101,7 @@ def configure(
         "options": {key: values[key] for key in known},
         "settings": dataclasses.asdict(settings),
         "split": data.digest,
+        **({"auto": ["precision"]} if values["precision"] == "auto" else {}),
         **({"left_out": left_out} if left_out else {}),
         **({"source": sources} if sources else {}),
         **({"data_root": str(root())} if stored(stream_name) else {}),

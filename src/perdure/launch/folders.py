@@ -35,6 +35,12 @@ def same_run(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return sorted(k for k in keys if plain(flat_a.get(k, defaults.get(k))) != plain(flat_b.get(k, defaults.get(k))))
 
 
+def asked_alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """``same_run``, but for what was left to the machine in both: another one may choose otherwise, and it is the same run."""
+    left = set(a.get("auto", ())) & set(b.get("auto", ()))
+    return [key for key in same_run(a, b) if key not in left]
+
+
 def checksums(config: Mapping[str, Any]) -> dict[str, str | None]:
     """The checksums of the files that method and stream were read from."""
     return {kind: about.get("sha256") for kind, about in config.get("source", {}).items()}
@@ -177,7 +183,7 @@ class Replacing(Watcher):
 
 def refusal(folder: Path, config: Mapping[str, Any]) -> str:
     """Why a folder that holds a run is not written to."""
-    differs = same_run(read_config(folder), config)
+    differs = asked_alike(read_config(folder), config)
     if differs:
         said = f"{folder} holds a run with another configuration (it differs in {', '.join(differs)})."
         return f"{said} Choose another folder with --out, or replace it with --overwrite."

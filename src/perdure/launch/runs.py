@@ -27,6 +27,7 @@ from perdure.engine.watcher import Watcher, Watchers
 from perdure.launch.configure import Given, Warn, prepare, read_preset, to_stderr
 from perdure.launch.folders import (
     Replacing,
+    asked_alike,
     bring_back,
     check_folder,
     is_finished,
@@ -79,7 +80,7 @@ def claim(configs: Mapping[Path, Mapping[str, Any]], overwrite: bool, go_on: boo
     """Write the configuration of each run into its folder, once all folders have been looked at."""
     if go_on:  # those that are there stay; a kill may have come before all of several were
         kept = {
-            one for one, c in configs.items() if (one / "config.json").exists() and not same_run(read_config(one), c)
+            one for one, c in configs.items() if (one / "config.json").exists() and not asked_alike(read_config(one), c)
         }
         configs = {one: c for one, c in configs.items() if one not in kept}
     for one, its_config in configs.items():  # all are checked before any is touched
@@ -186,7 +187,7 @@ def resume(
         changed = differing(config["environment"], environment(settings))
         if changed and not is_finished(folder):
             ears.warn(f"The environment has changed ({'; '.join(changed)}): the last bits may differ.")
-        with tracking(folder, config, kinds if processes.main() else ()) as tracked:
+        with tracking(folder, config, kinds if processes.main() else (), ears.warn) as tracked:
             heard = [ears, Replacing(folder), tracked] if processes.main() else []
             return engine_run(built, data, config, folder, Watchers(heard))
 

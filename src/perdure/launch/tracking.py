@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perdure.core.errors import DamagedFile
+from perdure.core.errors import DamagedFile, PerdureError
 from perdure.core.state import read_json, write_json
 from perdure.engine.watcher import Watcher
-from perdure.launch.trackers import Begun, Record, Tracker
+from perdure.launch.trackers import TRACKERS, Begun, Record, Tracker
 from perdure.training.record import LOOK
 from perdure.training.schedule import Schedule
 
@@ -24,18 +24,20 @@ ENDS = ("transfer", "average", "last", "forgetting", "backward_transfer", "incre
 
 
 @contextlib.contextmanager
-def tracking(folder: Path, config: Mapping[str, Any], kinds: Sequence[type[Tracker]]) -> Iterator[Watcher]:
-    """A watcher that hands what it hears of the run in ``folder`` to trackers; silent where there are none."""
+def tracking(
+    folder: Path, config: Mapping[str, Any], kinds: Sequence[type[Tracker]], warn: Callable[[str], None]
+) -> Iterator[Watcher]:
+    """A watcher that hands what it hears of the run in ``folder`` to trackers; silent where there are none. ``PerdureError``
+    before the work where one cannot be begun; one that fails later is let go of, and ``warn`` hears of it: it costs no run."""
     if not kinds:
         yield Silent()
         return
-    ears = Tracking(folder, config, kinds)
+    ears = Tracking(folder, config, kinds, warn)
     try:
         yield ears
         ears.tell()
     finally:
-        for tracker in ears.open:
-            tracker.close()
+        ears.close()
 
 
 class Silent(Watcher):
@@ -48,8 +50,10 @@ class Silent(Watcher):
 class Tracking(Silent):
     """Makes records of what it hears. Losses are read from the device ``LOOK`` steps at a time: each look waits for it."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], kinds: Sequence[type[Tracker]]):
-        self.folder, self.config, self.kinds = folder, config, kinds
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], kinds: Sequence[type[Tracker]], say: Callable[[str], None]
+    ):
+        self.folder, self.config, self.kinds, self.say = folder, config, kinds, say
         self.open: list[Tracker] = []
         self.rows, self.at, self.number, self.task = 0, 0, 0, "before"
         self.reached: list[int] = []  # ``at`` of each row
@@ -66,6 +70,20 @@ class Tracking(Silent):
         reached = noted.get("at", [])[: self.rows]
         self.reached = reached + [reached[-1] if reached else 0] * (self.rows - len(reached))
         self.at = self.reached[-1] if rows else 0
+        if len(rows) <= len(tasks):  # else all is done
+            self.begin()
+
+    def begin(self) -> None:
+        """Open all, before anything is computed."""
+        keys = ("method", "stream", "seed", "options", "settings", "environment")
+        begun = Begun(self.folder, {key: self.config[key] for key in keys}, self.identity, self.rows, self.at)
+        for kind in self.kinds:
+            tracker = kind(begun)
+            try:
+                tracker.open()
+            except Exception as error:  # another library's, of whatever kind
+                raise PerdureError(f"The tracker {named(kind)} cannot be begun: {reason(error)}") from error
+            self.open.append(tracker)
 
     def learns(self, task: str, number: int) -> None:
         self.task, self.number = task, number
@@ -126,18 +144,29 @@ class Tracking(Silent):
         return out
 
     def write(self, record: Record) -> None:
-        """Hand a record to all; they are opened when the first comes."""
-        if not self.open:
-            keys = ("method", "stream", "seed", "options", "settings", "environment")
-            about = {key: self.config[key] for key in keys}
-            begun = Begun(self.folder, about, self.identity, self.rows, self.at_rows())
-            for kind in self.kinds:
-                tracker = kind(begun)
-                tracker.open()
-                self.open.append(tracker)
-        for tracker in self.open:
-            tracker.write(record)
+        """Hand a record to all."""
+        for tracker in list(self.open):
+            self.tried(tracker, lambda tracker=tracker: tracker.write(record))
 
-    def at_rows(self) -> int:
-        """The steps that had been taken at the last row that was kept."""
-        return self.reached[-1] if self.reached else 0
+    def close(self) -> None:
+        """No more will come."""
+        for tracker in list(self.open):
+            self.tried(tracker, tracker.close)
+
+    def tried(self, tracker: Tracker, what: Callable[[], None]) -> None:
+        """Do it; a tracker that fails is let go of."""
+        try:
+            what()
+        except Exception as error:  # another library's, of whatever kind
+            self.open.remove(tracker)
+            self.say(f"The tracker {named(type(tracker))} failed ({reason(error)}): it hears no more. The run goes on.")
+
+
+def named(kind: type[Tracker]) -> str:
+    """What a tracker is asked for by."""
+    return next(entry.name for entry in TRACKERS if entry.value is kind)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -16,7 +16,7 @@ from perdure.core.paths import expanded
 from perdure.core.state import digest, read_json, write_json
 from perdure.engine.settings import Settings
 from perdure.launch.configure import configure
-from perdure.launch.folders import read_config, same_run
+from perdure.launch.folders import asked_alike, read_config
 from perdure.launch.options import method_options
 from perdure.launch.sources import find_method, find_stream, is_file, stream_of
 
@@ -52,7 +52,7 @@ class Cell:
         if not all((one / "config.json").exists() for one in self.runs):
             return False
         now, then = self.check(), [read_config(one) for one in self.runs]
-        return not any(same_run(one, {**now, "weights": one["weights"], "seed": one["seed"]}) for one in then)
+        return not any(asked_alike(one, {**now, "weights": one["weights"], "seed": one["seed"]}) for one in then)
 
 
 @dataclass(frozen=True)

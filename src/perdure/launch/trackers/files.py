@@ -16,7 +16,7 @@ class Lines(Tracker):
     """A text file of lines, each of a task's number."""
 
     name: ClassVar[str]
-    head = ""
+    head, fresh = "", True
 
     def number(self, line: str) -> int:
         """The number of the task that a line is of; -1 of the first. ``ValueError`` for half a line."""
@@ -26,6 +26,7 @@ class Lines(Tracker):
         path = self.begun.folder / self.name
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and self.begun.rows else []
         kept = "".join(f"{line}\n" for line in lines[1:] if self.kept(line))
+        self.fresh = not kept
         write_bytes(path, f"{self.head}\n{kept}".encode())
         self.own = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
 
@@ -77,7 +78,7 @@ class CSV(Lines):
 
     def open(self) -> None:
         super().open()
-        if not self.begun.rows:
+        if self.fresh:  # the run may be older than that it is tracked
             self.rows(["config", 0, "", 0, 0, key, value] for key, value in flat(self.begun.about))
 
     def number(self, line: str) -> int:
