@@ -23,7 +23,7 @@ from perdure.benchmarks import mini
 from perdure.core.errors import PerdureError
 from perdure.data.splits import tasks_reordered
 from perdure.launch.sweep.job import MARK
-from perdure.launch.sweep.places import End, InTurn, described, room_on
+from perdure.launch.sweep.places import End, InTurn, OnRay, described, room_on
 from perdure.launch.sweep.plan import Plan, choices, planned
 from perdure.launch.sweep.sweep import Run, check_out, settle
 
@@ -208,6 +208,62 @@ def test_a_process_is_heard_to_its_end(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     place.start(tmp_path)
     assert ended(place) == End(tmp_path, "its process ended with 1", again=True)
+    killed = tmp_path / "killed"
+    killed.write_text("#!/bin/sh\necho 'warnings.warn(' >&2\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    place.start(tmp_path)
+    assert ended(place) == End(tmp_path, "its process was ended by SIGKILL", again=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["--in-turn", "--cores"])
+def test_asked_to_stop_its_runs_save_what_they_are_at(tmp_path: Path, where: str) -> None:
+    out = tmp_path / "sweep"
+    words: Words = ["--methods", "finetune", "--streams", "mini-mtil", *BRIEF, "iterations=4000", "threads=1"]
+    words.remove("iterations=4")
+    process = start("sweep", *words, where, *(["1"] if where == "--cores" else []), "--retries", "3", "--out", out)
+    folder = out / "finetune-mini-mtil"
+    wait_for(lambda: list(folder.glob("task_00*")), process)
+    time.sleep(2)  # in the first task
+    process.send_signal(signal.SIGTERM)
+    said, wrong = process.communicate()
+    assert process.returncode == 143 and "Stopped. Every task that was finished is kept." in said, said + wrong
+    assert list(folder.glob("begun_*/state.json")) and not (folder / MARK).exists()
+    assert Plan.read(out).how == {"retries": 3, **({"in_turn": True} if where == "--in-turn" else {"cores": 1})}
+
+
+@pytest.mark.slow
+def test_what_is_refused_replaces_no_plan_and_what_is_added_renames_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    words: Words = ["sweep", "--methods", "ncm", "--streams", "mini-mtil", "--in-turn", "--out", out, "images=8"]
+    assert command(monkeypatch, *words, "tasks=1") == 0
+    before = (out / "sweep.json").read_text()
+    assert command(monkeypatch, *words, "tasks=2", "--seeds", "2") == 2  # into the folder of one seed
+    assert (out / "sweep.json").read_text() == before
+    capsys.readouterr()
+    assert command(monkeypatch, *words, "tasks=1,2") == 0
+    said = capsys.readouterr().out
+    assert "2 runs: 1 finished, 1 waiting" in said and "earlier plans" not in said
+    assert sorted(p.name for p in out.glob("ncm*")) == ["ncm-mini-mtil", "ncm-mini-mtil-tasks=2"]
+    assert command(monkeypatch, *words, "tasks=2") == 0
+    said = capsys.readouterr().out
+    assert (
+        "1 run: 1 finished" in said
+        and "Of earlier plans, and left as they are, out of the report: ncm-mini-mtil." in said
+    )
+
+
+def test_a_run_takes_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpus, gpus, said in (
+        (0, 0, "takes nothing"),
+        (1e-5, None, "--cpus 1e-05"),
+        (1, 1.5, "--gpus 1.5: give a whole"),
+    ):
+        with pytest.raises(PerdureError, match=said):
+            OnRay("", cpus, gpus)
 
 
 def ended(place: InTurn) -> End:

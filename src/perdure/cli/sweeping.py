@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     from perdure.launch.sweep.sweep import Run
 
 SHOWN = 24  # runs in the live table
+# How runs are done where nobody says; what was said is kept, for who goes on with the folder alone.
+HOW: dict[str, Any] = {
+    "cpus": 1.0, "gpus": None, "cores": 0, "address": "", "in_turn": False, "retries": 1, "report_to": "",
+}  # fmt: skip
 
 
 def sweep(
@@ -39,38 +45,52 @@ def sweep(
     ] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder of the sweep; alone, that sweep is gone on with.")] = None,
     plan: Annotated[bool, typer.Option("--plan", "--dry-run", help="Show what would be run, and do nothing.")] = False,
-    cpus: Annotated[float, typer.Option(min=0, help="Cores that a run takes, or a fraction of one.")] = 1,
+    cpus: Annotated[
+        float | None, typer.Option(min=0, help="Cores that a run takes, or a fraction of one; 1 without a word.")
+    ] = None,
     gpus: Annotated[
         float | None, typer.Option(min=0, help="GPUs that a run takes, or a fraction; 1 where there are any.")
     ] = None,
-    cores: Annotated[int, typer.Option(min=0, help="Cores of this machine that are used in all; 0: all.")] = 0,
-    address: Annotated[str, typer.Option(help="A Ray cluster that is there already; 'auto': this machine's.")] = "",
+    cores: Annotated[int | None, typer.Option(min=0, help="Cores of this machine used in all; 0: all.")] = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster that is there; 'auto': this machine's.")] = None,
     in_turn: Annotated[bool, typer.Option("--in-turn", help="One run after another, without Ray.")] = False,
-    retries: Annotated[int, typer.Option(min=0, help="How often a run whose process dies is tried again.")] = 1,
+    retries: Annotated[
+        int | None, typer.Option(min=0, help="How often a run whose process dies is tried again; 1 without a word.")
+    ] = None,
     report_to: ReportTo = "",
 ) -> None:
     """Do many runs, methods × streams × values × orders × seeds, each a folder like any other, on Ray where it is installed."""
+    from perdure.engine.settings import THREADS
     from perdure.launch.sweep.plan import Plan, planned
     from perdure.launch.sweep.sweep import check_out
     from perdure.launch.trackers import checked
 
-    checked(report_to)
     out = named(out).resolve()
     check_out(out)
     given = split(methods), split(streams)
+    asked_how = {
+        "cpus": cpus, "gpus": gpus, "cores": cores, "address": address, "in_turn": in_turn or None, "retries": retries,
+        "report_to": report_to or None,
+    }  # fmt: skip
+    said = {key: value for key, value in asked_how.items() if value is not None}
     if values or any(given):
         if missing := [k for k, v in zip(("--methods", "--streams"), given, strict=True) if not v]:
             raise PerdureError(f"{' and '.join(missing)} missing. See: perdure methods, perdure streams.")
-        asked = planned(*given, values or [], seed=seed, seeds=seeds, orders=orders)
+        asked = planned(*given, values or [], seed=seed, seeds=seeds, orders=orders, how=said)
     else:
         asked = Plan.read(out)
-    alone = in_turn or not ray_is_there(address)
-    cells = asked.cells(out, threads=0 if alone else max(1, int(cpus)))
+        asked = replace(asked, how={**asked.how, **said})
+    how = {**HOW, **asked.how}
+    checked(how["report_to"])
+    alone = how["in_turn"] or not ray_is_there(how["address"])
+    threads = THREADS if alone else max(1, int(how["cpus"]))
+    own = "threads" in asked.grid()[0]  # as the values say
+    cells = asked.cells(out, threads=0 if alone else threads)
     if plan:
-        show(cells, "One run after another." if alone else f"On Ray, {cpus:g} of its cores a run.")
+        show(cells, "One run after another." if alone else f"On Ray, {how['cpus']:g} of its cores a run.")
         return
     check_page(out / "report.html")
-    report(out, carried_out(out, asked, cells, place_of(alone, address, cpus, gpus, cores, report_to), retries))
+    report(out, carried_out(out, asked, cells, place_of(alone, how, 0 if own else threads), how["retries"]))
 
 
 def named(out: Path | None) -> Path:
@@ -97,41 +117,60 @@ def ray_is_there(address: str) -> bool:
     return False
 
 
-def place_of(alone: bool, address: str, cpus: float, gpus: float | None, cores: int, report_to: str) -> Place:
+def place_of(alone: bool, how: Mapping[str, Any], threads: int) -> Place:
     from perdure.launch.sweep.places import InTurn, OnRay
 
-    return InTurn(report_to) if alone else OnRay(address, cpus, gpus, cores, report_to)
+    if alone:
+        return InTurn(how["report_to"], threads)
+    return OnRay(how["address"], how["cpus"], how["gpus"], how["cores"], how["report_to"], threads)
 
 
 def carried_out(out: Path, asked: Plan, cells: list[Cell], place: Place, retries: int) -> list[Run]:
-    """Claim and do the runs under a live table; Ctrl-C stops tidily."""
+    """Claim and do the runs; SIGTERM and Ctrl-C stop tidily."""
+    from perdure.core import stopping
+    from perdure.core.state import only_one
+
+    out.mkdir(parents=True, exist_ok=True)
+    code = 0
+    try:
+        with stopping.listening(), only_one(out):
+            try:
+                return done(out, asked, cells, place, retries)
+            finally:  # Ray makes of what interrupts it an interrupt of its own
+                code = 128 + (stopping.asked() or signal.SIGINT)
+    except KeyboardInterrupt:
+        say("\nStopping: runs save what they are at.")
+        place.close()
+        say(f"Stopped. Every task that was finished is kept. Go on with: perdure sweep --out {out}")
+        raise typer.Exit(code) from None
+    finally:
+        place.close()
+
+
+def done(out: Path, asked: Plan, cells: list[Cell], place: Place, retries: int) -> list[Run]:
+    """Claim and do the runs under a live table."""
     from rich.live import Live
 
-    from perdure.core.state import only_one
+    from perdure.launch.sweep.plan import FILE, names_in
     from perdure.launch.sweep.sweep import claim, take_over
     from perdure.launch.sweep.sweep import sweep as do
 
     screen = console()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with only_one(out):
-            say(f"{counted(take_over(cells))}. {place.room}.")
-            asked.write(out)
-            claim(cells, place, lambda text: say(f"Warning: {text}"))
-            with Live(console=screen, transient=True, auto_refresh=False) as live:
+    say(f"{counted(take_over(cells))}. {place.room}.")
+    earlier = set(names_in(out).values()) - {cell.folder.name for cell in cells}
+    if not (out / FILE).exists():
+        asked.write(out)
+    claim(cells, place, lambda text: say(f"Warning: {text}"))
+    asked.write(out, cells)  # only now: what is refused replaces no plan that is good
+    if earlier:
+        say(f"Of earlier plans, and left as they are, out of the report: {', '.join(sorted(earlier))}.")
+    with Live(console=screen, transient=True, auto_refresh=False) as live:
 
-                def draw(runs: list[Run]) -> None:
-                    if screen.is_terminal:
-                        live.update(table(runs), refresh=True)
+        def draw(runs: list[Run]) -> None:
+            if screen.is_terminal:
+                live.update(table(runs), refresh=True)
 
-                return do(
-                    cells, place, retries, draw, lambda text: live.console.print(text, markup=False, highlight=False)
-                )
-    except KeyboardInterrupt:
-        say(f"\nStopped. Every task that was finished is kept. Go on with: perdure sweep --out {out}")
-        raise typer.Exit(130) from None
-    finally:
-        place.close()
+        return do(cells, place, retries, draw, lambda text: live.console.print(text, markup=False, highlight=False))
 
 
 def report(out: Path, runs: Sequence[Run]) -> None:

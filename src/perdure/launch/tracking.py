@@ -6,6 +6,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ class Tracking(Silent):
     def write(self, record: Record) -> None:
         """Hand a record to all."""
         for tracker in list(self.open):
-            self.tried(tracker, lambda tracker=tracker: tracker.write(record))
+            self.tried(tracker, partial(tracker.write, record))
 
     def close(self) -> None:
         """No more will come."""

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from perdure.core.errors import PerdureError
-from perdure.launch.sweep.job import claim, work
+from perdure.launch.sweep.job import STOPPING, claim, work
 from perdure.launch.sweep.plan import Cell
 
 ABSENT = "Ray is not installed (pip install 'perdure[ray]')"
 SHORT = 300  # characters of what a process said last
+LEAST = 1e-4  # of a core or a GPU, as Ray counts
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,13 @@ def asked(cell: Cell) -> tuple[str, str, str, tuple[str, ...], int, int]:
 
 
 class InTurn(Place):
-    """Here, one after another, each in a process of its own: none can take another down, or leave it less memory."""
+    """Here, one after another, each in a process of its own: none can take another down, or leave it less memory. A run
+    computes on so many ``threads``; 0: as it was begun."""
 
     room = "One run after another"
 
-    def __init__(self, report_to: str = ""):
-        self.report_to = report_to
+    def __init__(self, report_to: str = "", threads: int = 0):
+        self.words = report_to, str(threads)
         self.waiting: deque[Path] = deque()
         self.now: tuple[Path, subprocess.Popen[str]] | None = None
 
@@ -72,8 +75,9 @@ class InTurn(Place):
     def ended(self, seconds: float) -> list[End]:
         if self.now is None and self.waiting:
             run = self.waiting.popleft()
-            words = [sys.executable, "-m", "perdure.launch.sweep.job", str(os.getpid()), str(run), self.report_to]
-            self.now = run, subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            words = [sys.executable, "-m", "perdure.launch.sweep.job", str(os.getpid()), str(run), *self.words]
+            pipe = subprocess.PIPE  # in a session of its own: Ctrl-C reaches the sweep alone, which tells it
+            self.now = run, subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
         if self.now is None:
             return []
         run, process = self.now
@@ -82,25 +86,44 @@ class InTurn(Place):
         except subprocess.TimeoutExpired:
             return []
         self.now = None
-        if process.returncode:
+        if process.returncode < 0:
+            return [End(run, f"its process was ended by {signal.Signals(-process.returncode).name}", again=True)]
+        if process.returncode or not out:
             return [End(run, last_line(err) or f"its process ended with {process.returncode}", again=True)]
-        return [End(run, json.loads(out.splitlines()[-1]))]
+        return [End(run, json.loads(out))]
 
     def close(self) -> None:
-        if self.now is not None:
-            self.now[1].kill()
-            self.now[1].communicate()
+        if self.now is None:
+            return
+        (_, process), self.now = self.now, None
+        process.terminate()  # it saves the task at hand
+        try:
+            process.communicate(timeout=STOPPING)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            process.kill()
+            process.communicate()
 
 
 class OnRay(Place):
     """On a Ray cluster: the one at ``address``, or one of this machine's own, which ends with the sweep. A run takes ``cpus``
-    cores and ``gpus`` GPUs; either may be a fraction."""
+    cores and ``gpus`` GPUs; either may be a fraction. It computes on so many ``threads``; 0: as it was begun."""
 
-    def __init__(self, address: str, cpus: float, gpus: float | None, cores: int = 0, report_to: str = ""):
-        self.ray, self.report_to = begun(address, cores), report_to
+    def __init__(
+        self, address: str, cpus: float, gpus: float | None, cores: int = 0, report_to: str = "", threads: int = 0
+    ):
+        if cpus < LEAST and gpus is not None and gpus < LEAST:
+            raise PerdureError("--cpus 0 --gpus 0: a run that takes nothing could not be packed. Say what one takes.")
+        for name, share in (("cpus", cpus), ("gpus", gpus or 0)):
+            if 0 < share < LEAST or (share > 1 and share % 1 and name == "gpus"):
+                raise PerdureError(f"--{name} {share:g}: give a whole number, or a fraction of one from {LEAST} on.")
+        self.ray, self.words = begun(address, cores), (report_to, threads)
         nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         some = any(node.get("GPU", 0) > 0 for node in nodes)
         self.needs = {"CPU": cpus, "GPU": (1.0 if some else 0.0) if gpus is None else gpus}
+        if not any(self.needs.values()):
+            self.needs["CPU"] = 1.0  # where there is no card
         self.pending: dict[Any, Path] = {}
         try:
             at_once = sum(room_on(node, self.needs) for node in nodes)
@@ -128,7 +151,7 @@ class OnRay(Place):
         return [(said, list(warnings)) for said, warnings in found]
 
     def start(self, run: Path) -> None:
-        self.pending[self.remote(work, run.name).remote(str(run), self.report_to)] = run
+        self.pending[self.remote(work, run.name).remote(str(run), *self.words)] = run
 
     def ended(self, seconds: float) -> list[End]:
         if not self.pending:
@@ -145,8 +168,15 @@ class OnRay(Place):
         except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError) as error:
             memory = isinstance(error, errors.OutOfMemoryError)
             return End(run, "its machine ran out of memory" if memory else "its worker was killed", again=True)
+        except errors.RayError as error:
+            return End(run, last_line(str(error)) or type(error).__name__, again=True)
 
     def close(self) -> None:
+        refs, self.pending = list(self.pending), {}
+        for ref in refs:
+            self.ray.cancel(ref)  # which is a SIGINT: it saves the task at hand
+        if refs:
+            self.ray.wait(refs, num_returns=len(refs), timeout=STOPPING)
         self.ray.shutdown()
 
 

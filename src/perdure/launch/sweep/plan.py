@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Cell:
     words: tuple[str, ...]
     seed: int
     seeds: int
+    key: str = ""  # what was asked for, whatever else is in the sweep
 
     @property
     def runs(self) -> list[Path]:
@@ -58,7 +59,8 @@ class Cell:
 @dataclass(frozen=True)
 class Plan:
     """What a sweep was asked for. ``values``: ``key=v1,v2``; a key counts for those methods that have it. ``orders``: the
-    stream's own order, and further ones by the seeds 1, 2, … of ``class_order`` or ``task_order``."""
+    stream's own order, and further ones by the seeds 1, 2, … of ``class_order`` or ``task_order``. ``how``: how its runs are
+    done, by name."""
 
     methods: tuple[str, ...]
     streams: tuple[str, ...]
@@ -66,9 +68,12 @@ class Plan:
     seed: int = 0
     seeds: int = 1
     orders: int = 1
+    how: Mapping[str, Any] = field(default_factory=dict)
 
-    def write(self, out: Path) -> None:
-        write_json(out / FILE, {"format": FORMAT, **asdict(self)})
+    def write(self, out: Path, cells: Sequence[Cell] = ()) -> None:
+        """Keep it in a sweep's folder, and under which name each setting lies there, those of earlier plans too."""
+        names = {**names_in(out), **{cell.key: cell.folder.name for cell in cells}}
+        write_json(out / FILE, {"format": FORMAT, **asdict(self), "folders": names})
 
     @classmethod
     def read(cls, out: Path) -> Plan:
@@ -82,7 +87,9 @@ class Plan:
             raise PerdureError(
                 f"{out / FILE} was written by another version of perdure (format {FORMAT} is read here)."
             )
-        about: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in found.items()}
+        about: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in found.items() if key != "folders"
+        }
         return cls(**about)
 
     def cells(self, out: Path, threads: int = 0) -> list[Cell]:
@@ -123,7 +130,7 @@ class Plan:
         self, out: Path, method: str, stream: str, grid: dict[str, list[str]], known: set[str]
     ) -> Iterator[Cell]:
         """The settings of one method on one stream."""
-        name, where = find_method(method)[0].name, find_stream(stream)[1]
+        name, where, names = find_method(method)[0].name, find_stream(stream)[1], names_in(out)
         own = {key: found for key, found in grid.items() if key in known}
         key = order_key(stream) if self.orders > 1 else ""
         for order, *picked in itertools.product(range(self.orders), *own.values()):
@@ -131,9 +138,17 @@ class Plan:
             told = [f"{k}={v}" for k, v in chosen.items() if len(own[k]) > 1]
             told += [f"order {order}"] if self.orders > 1 else []
             words = [f"{k}={v}" for k, v in chosen.items()] + ([f"{key}={order}"] if order else [])
-            folder = out / folder_name("-".join([name, where, *told]))
+            asked = " ".join([method, stream, *sorted(words), f"seeds {self.seed}+{self.seeds}"])
+            folder = out / names.get(asked, folder_name("-".join([name, where, *told])))
             label = ", ".join([f"{name} on {where}" if len(self.streams) > 1 else name, *told])
-            yield Cell(folder, label, method, stream, tuple(words), self.seed, self.seeds)
+            yield Cell(folder, label, method, stream, tuple(words), self.seed, self.seeds, asked)
+
+
+def names_in(out: Path) -> dict[str, str]:
+    """The folder of each setting that a sweep's folder has been asked for: what is added to a sweep renames nothing."""
+    found = read_json(out / FILE) if (out / FILE).exists() else {}
+    names: dict[str, str] = found.get("folders", {}) if isinstance(found, dict) else {}
+    return names
 
 
 def planned(methods: Sequence[str], streams: Sequence[str], values: Sequence[str] = (), **more: Any) -> Plan:
