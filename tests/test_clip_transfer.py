@@ -20,6 +20,7 @@ from perdure.benchmarks import mini
 from perdure.cli import app
 from perdure.cli.results import read_metrics
 from perdure.core.errors import PerdureError
+from perdure.data.rehearsed import rehearsed
 from perdure.data.task import Batch, Stream, Task
 from perdure.engine.analyse import asked, margins, of_pairs
 from perdure.engine.evaluate import Protocol
@@ -63,6 +64,20 @@ def test_images_without_captions_are_refused_before_the_work(tmp_path: Path, cli
         fit(method, stream.tasks[0], torch.Generator(), clip.size, clip.device)
     with pytest.raises(PerdureError, match="loss=contrastive"):
         launch.configure("slca", "mini-mtil", 0, {"loss": "contrastive"}, {})  # its heads know no texts
+    few = with_captions(stream.shortened(2, 12))
+    for name in ("experience_replay", "ocl_sda", "pfr"):
+        with pytest.raises(PerdureError, match="hold images without their captions"):
+            launch.build(name, {"loss": "contrastive"}).bind(clip, few.context())
+
+
+def test_images_that_are_learned_again_bring_their_captions(stream: Stream) -> None:
+    few = with_captions(stream.shortened(2, 12))
+    first, second = few.tasks
+    whole, _ = rehearsed(second, few.context(), {first.name: [3, 1]})
+    new, old = second.train.captions, first.train.captions
+    assert new and old and whole.train.captions == (*new, old[3], old[1])
+    bare = replace(second, train=replace(second.train, captions=None))
+    assert rehearsed(bare, few.context(), {first.name: [3, 1]})[0].train.captions is None
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,15 @@ def test_what_cannot_be_is_refused(clip: CLIP, tmp_path: Path) -> None:
         MoEAdapters().bind(other)
     with pytest.raises(PerdureError, match="no such folder"):
         MoEAdapters(reference=str(tmp_path / "nowhere")).bind(CLIP.load(str(mini.MODEL)))
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(PerdureError, match="cannot be read.*b.png"):
+        MoEAdapters(reference=str(tmp_path)).bind(CLIP.load(str(mini.MODEL)))
+    with pytest.raises(PerdureError, match="reference=drawings: this stream has no drawings"):
+        MoEAdapters(reference="drawings").bind(CLIP.load(str(mini.MODEL)))
+    method = MoEAdapters(reference="drawings")
+    method.bind(CLIP.load(str(mini.MODEL)), mini.multi_domain("I").context())
+    pixels = method.reference_images()
+    assert pixels is not None and len(pixels) == 1853
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import perdure
 from perdure import launch
 from perdure.benchmarks import STREAMS, mini
 from perdure.core.state import write_json
+from perdure.data.splits import sizes_of
 from perdure.data.task import Stream
 from perdure.launch.configure import PRESETS, configure, read_preset
 from perdure.synthesis.store import collect
@@ -24,6 +25,7 @@ NAMES = sorted(p.name.removesuffix(".yaml") for p in PRESETS.iterdir() if p.name
 SMALL: dict[str, Any] = {"images": 6, "batch_size": 4, "precision": "fp32"}
 SMALL_GENERATOR: dict[str, Any] = {"generator": "stream", "vocabulary": "stream", "sampling_steps": 1, "synthetic": 3}
 ON_TREES = ("mtil", "mtil-2", "x-tail", "cifar100-10", "cifar100-20")
+UNCUT = {"base": 0, "increment": 0}  # a stand-in has too few classes to be cut
 UNTRAINED = ("ridge", "rapf", "cgil", "clg_cbm")  # whose losses, if any, are those of phases
 LAST_AT_0 = ("gift", "zscl", "lwf", "lwf_vr", "wc", "we", "icarl")
 
@@ -61,8 +63,22 @@ def overrides(preset: dict[str, Any]) -> dict[str, Any]:
     return {**SMALL, **by_epochs}
 
 
+def stands_on_a_tree(preset: dict[str, Any]) -> bool:
+    """Whether its stream is loaded from small trees in its real form, in the steps that it has there."""
+    return preset.get("stream") in ON_TREES and "base" not in preset
+
+
 def test_there_are_presets() -> None:
     assert len(NAMES) >= 18
+
+
+def test_a_preset_that_cuts_a_stream_anew_comes_out_even() -> None:
+    counts = {"cifar100-10": 100, "cub200-10": 200, "imagenet-r-10": 200, "imagenet100-10": 100}
+    cut = [preset for preset in map(read_preset, NAMES) if "base" in preset]
+    assert len(cut) >= 7
+    for preset in cut:
+        sizes = sizes_of(counts[preset["stream"]], preset["base"], preset["increment"])
+        assert sizes[0] == preset["base"] and sizes[-1] == preset["increment"] and len(sizes) > 4
 
 
 def on_trees(preset: dict[str, Any], data: Path, pairs: Path) -> dict[str, Any]:
@@ -97,17 +113,17 @@ def steps(metrics: dict[str, Any]) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if read_preset(name).get("stream") not in ON_TREES])
+@pytest.mark.parametrize("name", [name for name in NAMES if not stands_on_a_tree(read_preset(name))])
 def test_a_preset_takes_two_steps_on_a_stand_in(name: str, tmp_path: Path) -> None:
     preset = read_preset(name)
-    changed = overrides(preset)
+    changed = {**overrides(preset), **UNCUT}
     metrics = perdure.run(preset["method"], stand_in(preset), tmp_path / "run", preset=name, tasks=1, **changed)
     assert metrics["finished"] and steps(metrics) == ([] if preset["method"] in UNTRAINED else [2])
     check_values(metrics, preset, changed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if read_preset(name).get("stream") in ON_TREES])
+@pytest.mark.parametrize("name", [name for name in NAMES if stands_on_a_tree(read_preset(name))])
 def test_a_preset_takes_two_steps_a_task_on_its_own_stream(
     name: str, mtil_data: Path, real_clip: str, tmp_path: Path
 ) -> None:
@@ -129,7 +145,7 @@ def test_a_preset_takes_two_steps_a_task_on_its_own_stream(
 def test_a_preset_s_values_reach_the_method(name: str) -> None:
     """Those too that two steps on the small world must change."""
     preset = read_preset(name)
-    stated = {k: v for k, v in preset.items() if k not in ("method", "stream", "about")}
+    stated = {k: v for k, v in preset.items() if k not in ("method", "stream", "about", *UNCUT)}
     config, _ = configure(preset["method"], stand_in(preset), 0, {}, stated)
     method = launch.build(preset["method"], config["options"])
     parts = getattr(method, "parts", {"learn": method}).values()

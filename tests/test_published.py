@@ -48,6 +48,8 @@ def test_a_run_is_set_beside_the_tables_of_its_protocol(tmp_path: Path) -> None:
     assert "less zscl, published -1.0 +1.0 –" in said  # 67.1 and 76.4 of 68.1 and 75.4; the last is not known yet
     assert "65.3 64.4 67.4" not in said  # five shots are another protocol
     few = compared(run_of(tmp_path / "b", config={"shots": 5}))
+    star = compared(run_of(tmp_path / "c", config={"lam": 0.0}))
+    assert "less ZSCL*, published +4.9 +3.8 –" in star
     assert "65.3 64.4 67.4" in few and "less zscl, published +1.8 +12.0 –" in few
 
 

@@ -23,7 +23,8 @@ from perdure.methods.finetune import FineTune
 from perdure.methods.rapf import RAPF, fused, near_pairs
 from perdure.methods.slca import SLCA
 from perdure.models.clip import CLIP
-from perdure.training.fit import fit
+from perdure.training.fit import Losses, fit, optimise
+from perdure.training.schedule import Schedule
 
 FROZEN: dict[str, Any] = {"tower_lr_scale": 0.0, "augment": False}
 KINDS: dict[str, Any] = {"rapf": RAPF, "slca": SLCA, "cgil": CGIL}
@@ -247,3 +248,23 @@ def test_the_towers_rate_is_an_option_of_every_method(clip: CLIP, stream: Stream
     factors = {name: slow.schedule(stream.tasks[0]).factor(name) for name in slow.parameters()}
     assert factors.pop("head.weight") == factors.pop("head.bias") == 1 and set(factors.values()) == {0.01}
     assert not any(name.startswith("text") for name in factors)
+
+
+@pytest.mark.parametrize("milestones", [(), (2,)])
+def test_without_a_milestone_the_rate_stays(milestones: tuple[int, ...], world: tuple[CLIP, Stream]) -> None:
+    clip, stream = world
+    plans: list[Schedule] = []
+
+    def train(learner: Any, plan: Schedule, *rest: Any) -> Losses:
+        plans.append(plan)
+        return optimise(learner, plan, rest[0], clip.device)
+
+    method, task = RAPF(milestones=milestones, epochs=4, lr=1e-3), stream.tasks[0]
+    method.bind(clip, stream.context())
+    method.lend(train)
+    method.calibrate(task)
+    slca = SLCA(milestones=milestones, epochs=4, lr=1e-3)
+    slca.bind(CLIP.load(str(mini.MODEL)), stream.context())
+    plans.append(slca.schedule(task))
+    for plan in plans:
+        assert plan.rate(0) == 1e-3 and plan.rate(plan.steps - 1) == pytest.approx(1e-4 if milestones else 1e-3)

@@ -145,8 +145,15 @@ def test_options_out_of_range_are_refused(method: str, given: str, said: str) ->
 
 @pytest.mark.parametrize("role", ["fuse", "answer"])
 def test_a_way_to_learn_is_no_way_to_fuse_or_answer(role: str) -> None:
-    with pytest.raises(PerdureError, match=f"ZSCL cannot be asked to {role}"):
-        Compose(learn=FineTune(), **{role: ZSCL()})
+    for name in ("zscl", "codyra", "keep_lora", "td_vcl", "moe_adapters", "cpe_clip"):
+        with pytest.raises(PerdureError, match=f"cannot be asked to {role}"):
+            Compose(learn=FineTune(), **{role: launch.build(name, {})})
+
+
+def test_what_is_protected_means_nothing_where_tasks_begin_from_the_first_weights() -> None:
+    with pytest.raises(PerdureError, match="KeepLoRA goes on from .*; ConDU begins every task"):
+        Compose(learn=launch.build("keep_lora", {}), fuse=ConDU())
+    Compose(learn=launch.build("keep_lora", {}), fuse=Merge())
 
 
 @pytest.mark.slow

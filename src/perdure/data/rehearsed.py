@@ -31,6 +31,8 @@ def rehearsed(task: Task, context: Context, kept: Mapping[str, Sequence[int]]) -
     if not kept:
         return task, owner
     labels = torch.cat([side.labels + shift[k] for k, side in enumerate(sides)])
-    train = Images(joined([side.pixels for side in sides]), labels)
+    texts = [side.captions for side in sides]
+    captions = None if any(one is None for one in texts) else tuple(c for one in texts for c in one or ())
+    train = Images(joined([side.pixels for side in sides]), labels, captions)
     classes = (*task.classes, *(one for name in kept for one in known[name].classes))
     return replace(task, classes=classes, train=train, group=owner if context.labels == "task" else None), owner

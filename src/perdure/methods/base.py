@@ -54,6 +54,10 @@ class Method(Answering, Inside, Learning):
     State: ClassVar[type] = State
     plays: ClassVar[Sequence[str]] = ("learn", "fuse", "answer")  # in another role it has nothing of its own to say
     must_fuse: ClassVar[bool] = False  # True: what it learns acts only where it fuses too
+    goes_on: ClassVar[bool] = (
+        False  # True: what it keeps of earlier tasks means nothing where each begins from the first weights
+    )
+    keeps_captions: ClassVar[bool] = True  # False: images that it brings into a batch have lost theirs
     role_options: ClassVar[Mapping[str, type]] = {}  # the options that count where only this role is played
     scope: ClassVar[Literal["task", "stream"]] = "task"  # stream: sees all tasks at once
     learns: ClassVar[bool] = True  # False: no task changes anything
@@ -84,7 +88,7 @@ class Method(Answering, Inside, Learning):
             learns = c.towers in ("both", clip.part_of(name)) and clip.part_of(name) != "scale"
             parameter.requires_grad_(parameter.requires_grad and learns)
         self.join(clip, context or Context())
-        check_loss(c, clip, self.context)
+        check_loss(c, clip, self.context, self.keeps_captions)
 
     def join(self, clip: CLIP, context: Context) -> None:
         """Take a model that is ready to learn: all that a part of a composition does which does not learn."""

@@ -54,6 +54,7 @@ class ReplayMethod(Method):
     State = Replayed
     state: Replayed
     plays: ClassVar[Sequence[str]] = ("learn",)
+    keeps_captions = False
 
     def bind(self, clip: CLIP, context: Context | None = None) -> None:
         super().bind(clip, context)

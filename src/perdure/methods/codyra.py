@@ -78,6 +78,7 @@ class CoDyRA(Method):
     """Low-rank updates a task, whose unneeded ranks are shrunk away, merged into plain weights."""
 
     Config = Config
+    plays = ("learn",)
     State = Learned
     state: Learned
 

@@ -37,6 +37,11 @@ class Compose(Method):
                 f"What {type(learn).__name__} learns acts in its own experts, which {type(fuse).__name__} knows nothing of. "
                 "Leave the role fuse out."
             )
+        if learn.goes_on and fuse is not None and not fuse.carries_weights:
+            raise PerdureError(
+                f"{type(learn).__name__} goes on from the weights that its last task left; {type(fuse).__name__} begins every "
+                "task from the pre-trained ones: nothing would be protected. Leave the role fuse out, or give another."
+            )
         self.learn, self.fuser, self.answerer = learn, fuse or learn, answer or learn
         self.parts = {"learn": learn, "fuse": self.fuser, "answer": self.answerer}
         self.scope = learn.scope  # type: ignore[misc]

@@ -81,6 +81,7 @@ class CPECLIP(Method):
     """Prompts in both towers, tied by a linear map, that learn more slowly the more classes they stand for."""
 
     Config = Config
+    plays = ("learn",)
     State = Sessions
     state: Sessions
     learning = has_cut = False

@@ -108,6 +108,8 @@ class KeepLoRA(Method):
     """Updates along what the task's gradient has outside the directions that old abilities stand on."""
 
     Config = Config
+    plays = ("learn",)
+    goes_on = True
     State = Learned
     state: Learned
 

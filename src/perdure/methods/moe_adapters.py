@@ -65,7 +65,8 @@ class Config(Selection, Synthesis, Training):
         str,
         AfterValidator(folder),
         Field(
-            description="the selector's reference set: synthetic | none | a folder; auto: synthetic where it can be drawn"
+            description="the selector's reference set: synthetic | drawings (real ones of the stream's world) | none | a "
+            "folder; auto: synthetic where it can be drawn"
         ),
     ] = "auto"
 
@@ -88,7 +89,7 @@ class MoEAdapters(Method):
     """Experts beside frozen towers, a router a task, an autoencoder a task that says whose an image is."""
 
     Config = Config
-    must_fuse = True
+    plays, must_fuse = ("learn",), True
     State = Learned
     state: Learned
     learning: int | None = None  # the router that is being learned

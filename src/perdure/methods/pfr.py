@@ -83,7 +83,7 @@ class PFR(Method):
     """Asks that old image features be predictable from the new ones; learns from images without labels too."""
 
     Config = Config
-    plays = ("learn",)
+    plays, keeps_captions = ("learn",), False
     needs_labels = False
 
     def bind(self, clip: CLIP, context: Context | None = None) -> None:

@@ -84,6 +84,7 @@ class TDVCL(Method):
     """Adapters with a Gaussian posterior, kept near several past ones, weighted as the returns of TD(λ)."""
 
     Config = Config
+    plays = ("learn",)
     State = Posteriors
     state: Posteriors
 

@@ -9,7 +9,16 @@ from importlib.resources import files
 from typing import Any
 
 OF = "OpenAI's ViT-B/16"  # what all tables here were made with
-PUBLISHED = {"ridge": "RAIL, primal form", "ridge_patches": ""}  # rows that bear another name; empty: none is meant
+# Rows that bear another name than the method, or stand for some of its settings alone: the first whose options are the run's.
+# An empty name: none is meant.
+ROWS: dict[str, tuple[tuple[str, Mapping[str, Any]], ...]] = {
+    "ridge": (("RAIL, primal form", {}),),
+    "ridge_patches": (("", {}),),
+    "zscl": (("ZSCL*", {"lam": 0}), ("zscl", {})),
+    "keep_lora": (("KeepLoRA+", {"head": True}), ("keep_lora", {})),
+    "wise_ft": (("wise_ft", {"alpha": 0.8, "towards": "previous"}), ("", {})),
+}
+LABELS = {"mtil": "task", "mtil-2": "task", "x-tail": "all"}  # classes that compete; of the others: those seen
 
 
 @dataclass(frozen=True)
@@ -24,14 +33,19 @@ class Published:
     rows: Mapping[str, Sequence[float | None]]
 
     def fits(self, run: Mapping[str, Any]) -> bool:
-        """Whether a run was made under the table's protocol."""
-        c = run.get("config", {})
-        asked = run["stream"], c.get("shots", 0), run.get("protocol", {}).get("task_id", c.get("task_id"))
-        return asked == (self.stream, self.shots, self.task_id)
+        """Whether a run was made under the table's protocol, on the whole stream."""
+        c, protocol = run.get("config", {}), run.get("protocol", {})
+        asked = run["stream"], c.get("shots", 0), protocol.get("task_id", c.get("task_id"))
+        cut = any(c.get(key) for key in ("tasks", "images", "base", "increment", "online"))
+        usual = LABELS.get(self.stream, "seen")
+        return asked == (self.stream, self.shots, self.task_id) and not cut and protocol.get("labels", usual) == usual
 
     def row_of(self, run: Mapping[str, Any]) -> str:
-        """The name of the row that stands for the run's method; empty: there is none."""
-        name = PUBLISHED.get(run["method"], run["method"])
+        """The name of the row that stands for the run's method as it was set; empty: there is none."""
+        c = run.get("config", {})
+        known = ROWS.get(run["method"], ((run["method"], {}),))
+        fitting = (name for name, options in known if all(c.get(key) == value for key, value in options.items()))
+        name = next(fitting, "")
         return name if name in self.rows else ""
 
 

@@ -88,13 +88,7 @@ class Reference:
                 f"reference={self.config.reference}: there is no such folder. Give a folder of pictures, or one of "
                 f"{', '.join(NAMED)}."
             )
-        paths = pictures(folder)
-        if bad := cannot_be_read(Files(tuple(paths), self.clip.size)):
-            raise PerdureError(
-                f"reference={folder}: {len(bad)} of its pictures cannot be read, {bad[0]} the first. Put them right or "
-                "take them away."
-            )
-        return paths
+        return readable(folder, self.clip.size)
 
     def fixed_prompts(self) -> list[str]:
         """The vocabulary, or the names of the folders that the reference pictures lie in."""
@@ -138,6 +132,17 @@ class Reference:
         return self.clip.tokens(task.prompts()) if own and self.config.texts != "vocabulary" else self.ids
 
 
+def readable(folder: Path, size: int) -> list[Path]:
+    """The pictures below a folder. ``PerdureError`` where it holds none, or some cannot be read."""
+    paths = pictures(folder)
+    if bad := cannot_be_read(Files(tuple(paths), size)):
+        raise PerdureError(
+            f"reference={folder}: {len(bad)} of its pictures cannot be read, {bad[0]} the first. Put them right or take them "
+            "away."
+        )
+    return paths
+
+
 def random_sentences(clip: CLIP, count: int, seed: int) -> Tensor:
     """Token ids (count, 12): start, ten drawn uniformly from the whole vocabulary, end; fewer where the text tower reads fewer,
     and as a SigLIP has its texts.
@@ -151,15 +156,20 @@ def random_sentences(clip: CLIP, count: int, seed: int) -> Tensor:
     return clip.framed(inside)
 
 
-def strangers(config: Any, context: Context, clip: CLIP) -> Replay | Files | None:
-    """What images of no task are drawn by, or pictures of them (``config.reference``: auto, synthetic, none, or a folder);
-    None: there are none. ``PerdureError`` where the folder is not there."""
+def strangers(config: Any, context: Context, clip: CLIP) -> Replay | Pixels | None:
+    """What images of no task are drawn by, or pictures of them (``config.reference``: auto, synthetic, drawings, none, or a
+    folder); None: there are none. ``PerdureError`` where the folder or drawings are not there."""
     drawable = bool(context.generator) or config.generator != "stream"
     if config.reference == "none" or (config.reference == "auto" and not drawable):
         return None
     if config.reference in ("auto", "synthetic"):
         return Replay(config, context, clip.size, clip.device.type, clip.tokens)
+    if config.reference == "drawings" and context.drawings is not None:
+        return context.drawings().pixels
     folder = expanded(config.reference)
-    if not folder.is_dir():
-        raise PerdureError(f"reference={config.reference}: no such folder. Known: auto, synthetic, none, or a folder.")
-    return Files(tuple(pictures(folder)), clip.size)
+    if config.reference == "drawings" or not folder.is_dir():
+        here = "this stream has no drawings" if config.reference == "drawings" else "no such folder"
+        raise PerdureError(
+            f"reference={config.reference}: {here}. Known: auto, synthetic, drawings, none, or a folder."
+        )
+    return Files(tuple(readable(folder, clip.size)), clip.size)

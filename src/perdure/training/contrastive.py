@@ -32,11 +32,16 @@ LACKING = (
 )
 
 
-def check_loss(config: Any, clip: CLIP, context: Context) -> None:
-    """Refuse a loss that the model or the data of a run have nothing for."""
+def check_loss(config: Any, clip: CLIP, context: Context, captions: bool = True) -> None:
+    """Refuse a loss that the model, the method (``captions``: whether its batches have them) or the data have nothing for."""
     if config.loss == "sigmoid":
         clip.check_bias("loss=sigmoid")
     if config.loss == "contrastive":
+        if not captions:
+            raise PerdureError(
+                "loss=contrastive: batches of this method hold images without their captions (of its memory, or views). Take "
+                "loss=softmax, or another method."
+            )
         for task in context.tasks:
             if len(task.train) and task.train.captions is None:
                 raise PerdureError(LACKING.format(task.name))
