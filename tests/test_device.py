@@ -172,6 +172,15 @@ def test_without_a_compiler_it_is_said_before_the_work(tmp_path: Path, monkeypat
     assert not (tmp_path / "run" / "task_00_before").exists()
 
 
+def test_where_nothing_compiled_can_be_kept_it_is_not_the_compiler_that_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> object:
+        raise FileNotFoundError(2, "No such file or directory", "/proc/nowhere")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(PerdureError, match="could not be kept .*/proc/nowhere.*TORCHINDUCTOR_CACHE_DIR"):
+        compiled.check_compiler(torch.device("cpu"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["finetune", "cpe_clip", "finetune_lora"])
 def test_compiled_towers_give_the_same_losses(name: str) -> None:

@@ -134,5 +134,7 @@ def test_of_a_hub_id_what_is_needed_is_fetched_once_and_kept(hub: str, tmp_path:
     assert again == (0, 0, first[2])  # from the cache, without a word to the network
     assert "on the Hub lies an open_clip checkpoint" in other[2]
     assert "the Hub did not give it (RepositoryNotFoundError)" in missing[2]
+    (nowhere,) = loaded(tmp_path, "some/whole", endpoint=hub, HF_HOME="/proc/nowhere")
+    assert "found on the Hub, and could not be kept here" in nowhere[2] and "HF_HOME=FOLDER" in nowhere[2]
     gets = [line for line in Hub.asked if line.startswith("GET /some/whole/")]
     assert sorted(line.split("/")[-1] for line in gets) == sorted(FILES)

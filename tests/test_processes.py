@@ -9,10 +9,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 
 import perdure
 from perdure import launch
-from perdure.core import processes
+from perdure.core import meeting, processes
 from perdure.core.errors import PerdureError
 from perdure.core.processes import Membership
 from perdure.data.files import Files, Joined
@@ -228,6 +230,21 @@ def test_a_run_of_two_is_the_run_of_one(
 
 
 # ---- what is refused, and who says so
+
+
+def test_who_is_waited_for_in_vain_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "JOINING", timedelta(seconds=2))
+    monkeypatch.setattr(meeting, "NOTICE", 0.2)
+    with pytest.raises(PerdureError, match=f"this is process 0 of 2, which meet at 127.0.0.1:{port}.*unset RANK"):
+        processes.join()
+    assert processes.count() == 1 and "Waiting for the others: RANK, WORLD_SIZE" in capsys.readouterr().err
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused_before_anything_is_done(

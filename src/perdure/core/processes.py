@@ -20,6 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from perdure.core.errors import PerdureError
+from perdure.core.meeting import JOINING, coming_together
 
 if TYPE_CHECKING:  # the command line asks who speaks long before torch is needed
     from torch import Tensor
@@ -107,11 +108,12 @@ def join() -> str:
     if torch.cuda.is_available() and int(os.environ.get("LOCAL_WORLD_SIZE", total)) <= torch.cuda.device_count():
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
-    with connected():
-        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
-            os.environ.setdefault(name, value)
-        store, own, total = next(dist.rendezvous(f"env://?rank={own}&world_size={total}", timeout=PATIENCE))
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        os.environ.setdefault(name, value)
+    with coming_together(own, total):
+        store, own, total = next(dist.rendezvous(f"env://?rank={own}&world_size={total}", timeout=JOINING))
         dist.init_process_group(backend, store=store, rank=own, world_size=total, timeout=PATIENCE)
+    store.set_timeout(PATIENCE)
     here.rank, here.count, here.store = own, total, store
     if main() and threading.current_thread() is threading.main_thread() and unheard():
         signal.signal(signal.SIGTERM, told_to_stop)

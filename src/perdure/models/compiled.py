@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
     except Exception as error:
+        if isinstance(error, OSError) and os.sep in str(error.filename):  # no compiler has a path
+            raise PerdureError(
+                f"compile=true: what torch compiles could not be kept ({error.strerror}: {error.filename}). Give it another "
+                "place: TORCHINDUCTOR_CACHE_DIR=FOLDER; or leave compile out: the run is the same."
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PerdureError(
             f"compile=true: torch cannot compile here ({reason}). It needs a C++ compiler (g++ or clang++; on an accelerator "

@@ -127,6 +127,11 @@ def fetched(name: str) -> Path:
             return Path(folder)
         get_hf_file_metadata(hf_hub_url(name, OPEN_CLIP[0]), timeout=3)
     except failures as error:
+        if isinstance(error, OSError) and error.filename:  # of the line nothing has a file's name
+            raise PerdureError(
+                f"'{name}' was found on the Hub, and could not be kept here: {error.strerror} ({error.filename}). Give the "
+                "Hub's files another place: HF_HOME=FOLDER."
+            ) from error
         raise refused(
             name,
             f"it is no folder, it is not in the cache, and the Hub did not give it ({type(error).__name__}). Check the name "
