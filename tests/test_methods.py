@@ -1,6 +1,7 @@
 """Each baseline does what its name says, on three short tasks of the small world."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from conftest import SHORT, same_bits
 from safetensors.torch import load_file
 
 from perdure import launch
+from perdure.benchmarks import mini
 from perdure.core.packing import pack, unpack
 from perdure.core.weights import interpolate
 from perdure.data.task import Query, Stream
@@ -180,3 +182,17 @@ def test_first_session_adaptation_trains_on_the_first_task_alone(short_run: Run)
     headed = short_run("finetune+ridge", first_only=True, on="drifting", features=64)
     moved = [headed["remarks"][task]["features moved by"] for task in headed["tasks"]]
     assert moved[0] > 0 and moved[1:] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["finetune", "codyra", "keep_lora", "slca", "moe_adapters"])
+def test_a_task_of_one_class_teaches_nothing_and_it_is_said(name: str, stream: Stream) -> None:
+    task = stream.tasks[0]
+    rows = (task.train.labels == 0).nonzero().flatten()[:6]
+    alone = replace(task, classes=task.classes[:1], train=task.train.take(rows), test=task.test.take(rows[:0]))
+    heard: list[str] = []
+    method = launch.build(name, {"reference": "none"} if name == "moe_adapters" else {})
+    method.bind(CLIP.load(str(mini.MODEL)), stream.context(warn=heard.append))
+    method.begin_task(alone)
+    assert len([text for text in heard if f"animals has one class, {task.classes[0].name}" in text]) == 1
+    method.begin_task(task)
+    assert len([text for text in heard if "has one class" in text]) == 1

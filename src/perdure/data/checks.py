@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from string import Formatter
 from typing import Any
 
@@ -98,3 +98,12 @@ def say_alike(tasks: Sequence[Any]) -> str:
         f"labels=all: {len(shared)} classes have one text in several tasks ({' and '.join(shared[0])}), by which no model can "
         "tell them apart: images of one are counted as wrong. labels=task keeps tasks apart."
     )
+
+
+def say_alone(task: Any, warn: Callable[[str], None]) -> None:
+    """Warn of a task whose only class is right by itself."""
+    if len(task.classes) == 1 and len(task.train):
+        warn(
+            f"{task.name} has one class, {task.classes[0].name}. Cross entropy over a task's own classes is 0 where there is "
+            "one: it teaches nothing. Put classes together in a task, or take a method that solves a head (ridge, ncm)."
+        )

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perdure.data.task import Batch, Task
+from perdure.data.checks import say_alone
+from perdure.data.task import Batch, Context, Task
 from perdure.models.clip import CLIP
 from perdure.training.contrastive import of_captions, of_classes
 from perdure.training.fit import Backward, Learner
@@ -20,6 +21,7 @@ class Learning(Learner):
 
     clip: CLIP
     config: Any
+    context: Context
 
     def trains_on(self, task: Task) -> bool:
         """Whether a task is trained on at all; where it is not, it is fused, calibrated and asked all the same."""
@@ -28,6 +30,8 @@ class Learning(Learner):
     def begin_task(self, task: Task) -> None:
         """Prepare for the task: what is made here can be made again, and is not state."""
         self.tokens = self.clip.tokens(task.prompts())
+        if getattr(self.config, "loss", "softmax") == "softmax":
+            say_alone(task, self.context.warn)
         self.group = task.group.to(self.clip.device) if task.group is not None else None
         self.frozen_texts = None
         if self.config.towers == "image":  # the texts cannot change: once is enough

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from perdure.core.errors import PerdureError
 from perdure.core.features import Features
+from perdure.data.checks import say_alone
 from perdure.data.task import Batch, Context, Task
 from perdure.methods.base import Method, Recipe, register
 from perdure.methods.base_head import HeadMethod, HeadOptions, HeadState
@@ -116,6 +117,7 @@ class SLCA(HeadMethod):
         return not self.config.tower_lr_scale and not self.config.augment
 
     def begin_task(self, task: Task) -> None:
+        say_alone(task, self.context.warn)
         self.head = None
         if not self.learns_apart:
             self.head, self.column = self.born(task, self.clip.width)
