@@ -150,6 +150,7 @@ class Loop:
         losses = self.teacher.learn(task, number, None if self.settings.evaluate_every else steps)
         settle(self.method, name)
         trained = time.perf_counter()
+        stopping.stop_together()
         self.watcher.evaluates()
         held = self.method.clip.holds
         hits, found = self.evaluated(self.method, number)

@@ -44,7 +44,9 @@ class Teacher:
             with self.before_the_head():
                 method.foresee(task)
         losses = self.train_on(task, generator) if method.trains_on(task) else Losses()
+        stopping.stop_together()
         method.fuse(task)
+        stopping.stop_together()
         with self.before_the_head():
             method.calibrate(task)
         return losses
