@@ -25,7 +25,7 @@ from perdure.data.task import Query, Stream, Task
 from perdure.engine.settings import Settings, opened
 from perdure.engine.teach import Teacher
 from perdure.engine.watcher import Watcher
-from perdure.methods.base import Method
+from perdure.methods.base import Method, Row
 from perdure.synthesis.store import collect
 
 SEED, TASKS, SHOTS, STEPS, ASKED, PAIRS = 3, ("digits", "animals"), 2, 5, 3, 16
@@ -52,8 +52,9 @@ Curve = dict[str, Any]  # "losses": task → loss → a value a step; "phases": 
 
 
 def names() -> list[str]:
-    """Every method and row that can run."""
-    return [entry.name for entry in launch.methods() if "role" not in entry.about]
+    """Every method and row of perdure's own that can run; others may have been brought in by files."""
+    known = [entry for entry in launch.methods() if "role" not in entry.about]
+    return [e.name for e in known if isinstance(e.value, Row) or e.value.__module__.startswith("perdure.")]
 
 
 def made(name: str) -> Method:
