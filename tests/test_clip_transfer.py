@@ -204,6 +204,9 @@ def test_a_run_is_looked_at_stage_by_stage_and_its_report_shows_it(short_run: Ru
         right = [100 * stage["margins"][name]["right"] for name in (*metrics["tasks"], "probe")]
         assert right == pytest.approx([*row, probe], abs=0.01) and stage["gap"] == pytest.approx(gap, rel=1e-5)
         assert all(sum(figures["histogram"]) == 16 for figures in stage["margins"].values())
+    wide = [stage["spread"]["effective_rank"] for stage in found["stages"]]
+    assert all(1 < rank <= 128 for rank in wide) and wide[0] != wide[-1]
+    assert all(0 < stage["spread"]["mean_correlation"] < 1 for stage in found["stages"])
     first, last = found["stages"][0], found["stages"][-1]
     assert set(first["weights"].values()) == {0.0} and min(first["cka"].values()) == pytest.approx(1)
     assert min(last["weights"][f"{tower} {k}"] for tower in ("image", "text") for k in (1, 2)) > 0

@@ -14,8 +14,10 @@ from perdure.data.task import Images, Probe, Query, Stream, Task
 from perdure.engine.evaluate import Protocol, for_gap, gap
 from perdure.methods.base import Expert, Method
 from perdure.models.clip import CLIP
+from perdure.models.recompute import blocks
 from perdure.ops.losses import positive_pull
 from perdure.ops.margins import cka, class_margins, correlation, described, pair_margins
+from perdure.ops.redundancy import effective_rank, mean_correlation
 
 BLOCK = re.compile(r"\w+_model\.encoder\.layers\.(\d+)\.")
 TEXTS = (
@@ -143,9 +145,10 @@ class Listening:
     def features(self, images: Sequence[Images], prompts: Sequence[str]) -> dict[str, Tensor]:
         """By block, and under ``rest`` of the embeddings themselves."""
         clip, hooks = self.clip, []
-        for tower, word in (("vision", "image"), ("text", "text")):
-            for k, layer in enumerate(getattr(clip.backbone, f"{tower}_model").encoder.layers):
-                hooks.append(layer.register_forward_hook(self.hear(f"{word} {k + 1}")))
+        for tower in ("image", "text"):
+            own = [block for name, block in blocks(clip.backbone).items() if clip.part_of(name) == tower]
+            for number, block in enumerate(own, 1):
+                hooks.append(block.register_forward_hook(self.hear(f"{tower} {number}")))
         try:
             batches = [part for one in images for part in one.pixels.split(clip.evaluation_batch)]
             ends = {"image rest": torch.cat([clip.encode_image(part) for part in batches])}
@@ -162,6 +165,13 @@ def block_features(clip: CLIP, stream: Stream) -> dict[str, Tensor]:
     parts: list[Task | Probe] = [*stream.tasks, *([stream.probe] if stream.probe else [])]
     prompts = list(dict.fromkeys(c.prompts()[0] for part in parts for c in part.classes))
     return Listening(clip).features([part.test for part in for_gap(stream)], prompts)
+
+
+def spread(clip: CLIP, stream: Stream) -> dict[str, float]:
+    """How many directions the pooled features of the gap's images use, and how alike their dimensions are: what VCReg is to
+    raise and to lower; by the weights held now."""
+    pooled = torch.cat([clip.features(part.test.pixels).pooled for part in for_gap(stream)])
+    return {"effective_rank": effective_rank(pooled), "mean_correlation": mean_correlation(pooled)}
 
 
 # ---- experts
@@ -197,11 +207,12 @@ def measured(
     clip = method.clip
     with clip.preserved():
         method.load_expert(newest(method, parts, seen))
-        moved, now = weights_moved(clip), block_features(clip, stream)
+        moved, now, wide = weights_moved(clip), block_features(clip, stream), spread(clip, stream)
         pairs = {task.name: found for task in stream.tasks if (found := of_pairs(clip, task, images))}
     alike = {name: cka(start[name], now[name]) for name in sorted(now, key=in_order)}
     apart = gap(method, for_gap(stream))
-    return {"margins": margins(method, parts), "pairs": pairs, "gap": apart, "weights": moved, "cka": alike}
+    found = {"margins": margins(method, parts), "pairs": pairs, "gap": apart}
+    return {**found, "weights": moved, "cka": alike, "spread": wide}
 
 
 def early_warning(stages: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, Any]:

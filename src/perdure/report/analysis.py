@@ -66,6 +66,14 @@ def _analysis(entry: Entry, found: dict[str, Any]) -> Analysis:
     heard = list(stages[0]["cka"])
     alike = [[_cell(s["cka"][part], "{:.2f}", 1) for part in heard] for s in stages]
     tables.append(Table("Features, how like the pre-trained ones (linear CKA), by block", heard, _named(stages, alike)))
+    if all("spread" in s for s in stages):  # earlier versions did not look
+        rank = max(s["spread"]["effective_rank"] for s in stages)
+        wide = [
+            [_cell(s["spread"]["effective_rank"], "{:.1f}", rank), _cell(s["spread"]["mean_correlation"], "{:.3f}", 1)]
+            for s in stages
+        ]
+        heads = ["effective rank", "mean |correlation|"]
+        tables.append(Table("Pooled image features, how many directions they use", heads, _named(stages, wide)))
     experts = found["experts"]
     if len(experts["names"]) > 1:
         rows = [
