@@ -96,7 +96,8 @@ def made(cell: Cell) -> Method:
     values, batch = {key: option.default for key, (_, option) in about.items()}, cell["batch"]
     asked = {
         "iterations": cell["steps"] + WARM, "warmup": 0, "epochs": 0, "lr": 1e-6, "batch_size": batch, "synthetic": PAIRS,
-        "synthetic_batch": batch, "reference_batch": batch, "most_epochs": 1, "selector_steps": 1, "reference_steps": 1, "align_draws": 1,
+        "synthetic_batch": batch, "reference_batch": batch, "most_epochs": 1, "selector_steps": 1, "reference_steps": 1,
+        "align_draws": 1,
         "meta_source": "drawings", "meta_steps": 2, "meta_batch": 1,
     }  # fmt: skip
     return launch.build(cell["method"], {**values, **{key: one for key, one in asked.items() if key in values}})
