@@ -2,6 +2,7 @@
 classes; base-to-new streams; input that is wrong."""
 
 import io
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch import Tensor
 import perdure
 from perdure.benchmarks import STREAMS, class_incremental, few_shot, mini
 from perdure.core.errors import DamagedFile, PerdureError
-from perdure.data.task import Stream
+from perdure.data import shots
+from perdure.data.files import Files
+from perdure.data.task import Class, Images, Stream, Task
 from perdure.engine.evaluate import Protocol, summarise
 from perdure.engine.settings import Settings
 from perdure.ops import metrics
@@ -208,6 +211,49 @@ def test_any_class_incremental_stream_can_be_cut_so() -> None:
     for values, stream_name, said in wrong:
         with pytest.raises(PerdureError, match=said):
             Settings(**values).select(STREAMS[stream_name].value(), 0)
+
+
+def test_images_can_be_chosen_in_the_place_of_a_draw(tmp_path: Path) -> None:
+    whole = STREAMS["mini-cil"].value()
+    later = [one.name for task in whole.tasks[1:] for one in task.classes]
+    lists = {name: [4, 1] for name in later}
+    path = tmp_path / "shots.json"
+    path.write_text(json.dumps(lists))
+    asked = Settings(shots_file=str(path), shots_from=2)
+    stream = asked.select(whole, 0)
+    assert sizes(stream)[1:] == [(6, [2])] * 9 and len(stream.tasks[0].train) == len(whole.tasks[0].train)
+    task, full = stream.tasks[3], whole.tasks[3]
+    for k in range(6):
+        own = full.train.pixels[full.train.labels == k]
+        assert torch.equal(task.train.pixels[task.train.labels == k], own[[1, 4]])
+    kept = asked.settled(whole)
+    path.unlink()  # what it lists is kept
+    assert kept.select(whole, 1).digest == stream.digest != whole.digest and stream.base_new == "sessions"
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({later[0]: []}, f"lists no image of '{later[0]}'"),
+        ({later[1]: [0, 10**4]}, f"lists 10000 of '{later[1]}', which has the training images numbers 0 to"),
+        ({later[1]: [3, 3]}, f"lists an image of '{later[1]}' twice"),
+        ({"a class": [1]}, "There is no class from task 2 on 'a class'"),
+        ({later[0]: "12"}, "must hold a JSON object"),
+    )
+    for change, said in wrong:
+        with pytest.raises(PerdureError, match=said):
+            Settings(shots_file=json.dumps({**lists, **change}), shots_from=2).select(whole, 0)
+    for values, said in (
+        ({"shots_file": str(path)}, "is not there"),
+        ({"shots_file": json.dumps(lists), "shots": 2, "shots_from": 2}, "say the same twice"),
+    ):
+        with pytest.raises(PerdureError, match=said):
+            Settings(**values).select(whole, 0)
+    with pytest.raises(PerdureError, match="no class-incremental stream"):
+        Settings(shots_file=json.dumps(lists)).select(STREAMS["mini-mtil"].value(), 0)
+
+
+def test_chosen_images_are_named_by_their_files(tmp_path: Path) -> None:
+    names = [str(tmp_path / f"{folder}/{k}.png") for folder in "ab" for k in range(3)]
+    images = Images(Files(tuple(map(Path, names)), 32), torch.tensor([0, 0, 0, 1, 1, 1]))
+    task = Task("one", (Class("a", ("{}",)), Class("b", ("{}",))), images, images)
+    assert shots.picked(task, {"a": ["2.png", 0], "b": ["1.png"]}).tolist() == [0, 2, 4]
 
 
 def test_half_of_a_domain_is_taught_and_the_other_half_asked_for() -> None:

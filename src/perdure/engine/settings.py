@@ -17,6 +17,7 @@ from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.precision import precision_of
 from perdure.core.state import read_json
+from perdure.data.shots import listed_shots
 from perdure.data.splits import recut, reordered, tasks_reordered
 from perdure.data.task import Stream
 from perdure.engine.steps import Every
@@ -105,6 +106,11 @@ class Settings:
     shots_seed: Annotated[
         int | None, Field(ge=0, description="draws the shots in the place of the run's seed; none: that draws them")
     ] = None
+    shots_file: Annotated[
+        str,
+        BeforeValidator(str),
+        Field(description="class-incremental: a JSON file of the images of each class, in the place of a draw"),
+    ] = ""
     base: Annotated[
         int,
         Field(
@@ -140,6 +146,9 @@ class Settings:
         stream = tasks_reordered(stream, self.task_order) if self.task_order else stream
         if self.shots_from > 1 and stream.labels == "seen":
             stream = replace(stream, base_new="sessions")
+        if self.shots and self.shots_file:
+            raise PerdureError("shots and shots_file say the same twice. Give one of them.")
+        stream = listed_shots(stream, self.shots_file, self.shots_from) if self.shots_file else stream
         draw = seed if self.shots_seed is None else self.shots_seed
         seen = stream.shortened(self.tasks, self.images).few_shot(self.shots, draw, self.shots_from)
         return seen if self.labels == "stream" else replace(seen, labels=self.labels)
@@ -155,6 +164,7 @@ class Settings:
             model=str(model.resolve()) if self.model and os.path.isdir(model) else self.model or "stream",
             class_order=kept_order(self.class_order),
             task_order=kept_order(self.task_order),
+            shots_file=kept_order(self.shots_file),
             labels=stream.labels if self.labels == "stream" else self.labels,  # type: ignore[arg-type]
             task_id=stream.task_id if self.task_id == "stream" else self.task_id,  # type: ignore[arg-type]
             precision=precision_of(self.precision, device),  # type: ignore[arg-type]
@@ -174,8 +184,8 @@ class Settings:
 
 
 def kept_order(order: str) -> str:
-    """An order as a run keeps it: what a file lists, so that the file may go away; a seed as it is."""
-    if not order or order.startswith("[") or not os.path.isfile(expanded(order)):
+    """An order, or lists, as a run keeps it: what a file lists, so that the file may go away; a seed as it is."""
+    if not order or order.startswith(("[", "{")) or not os.path.isfile(expanded(order)):
         return order
     return json.dumps(read_json(expanded(order)), ensure_ascii=False)
 

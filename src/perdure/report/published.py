@@ -36,7 +36,7 @@ class Published:
         """Whether a run was made under the table's protocol, on the whole stream."""
         c, protocol = run.get("config", {}), run.get("protocol", {})
         asked = run["stream"], c.get("shots", 0), protocol.get("task_id", c.get("task_id"))
-        cut = any(c.get(key) for key in ("tasks", "images", "base", "increment", "online"))
+        cut = any(c.get(key) for key in ("tasks", "images", "base", "increment", "online", "shots_file"))
         usual = LABELS.get(self.stream, "seen")
         return asked == (self.stream, self.shots, self.task_id) and not cut and protocol.get("labels", usual) == usual
 

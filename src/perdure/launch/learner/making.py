@@ -35,6 +35,7 @@ FOR_RUNS = (
     "increment",
     "shots_from",
     "shots_seed",
+    "shots_file",
     "unreadable",
     "online",
     "evaluate_every",
