@@ -241,6 +241,7 @@ def test_images_can_be_chosen_in_the_place_of_a_draw(tmp_path: Path) -> None:
             Settings(shots_file=json.dumps({**lists, **change}), shots_from=2).select(whole, 0)
     for values, said in (
         ({"shots_file": str(path)}, "is not there"),
+        ({"shots_file": "{half"}, "is no JSON object"),
         ({"shots_file": json.dumps(lists), "shots": 2, "shots_from": 2}, "say the same twice"),
     ):
         with pytest.raises(PerdureError, match=said):

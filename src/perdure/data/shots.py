@@ -42,7 +42,10 @@ def listed_shots(stream: Stream, lists: str, since: int) -> Stream:
 def read(lists: str) -> dict[str, list[Any]]:
     """The lists by class, checked for their form."""
     if lists.startswith("{"):
-        found = json.loads(lists)
+        try:
+            found = json.loads(lists)
+        except json.JSONDecodeError as error:
+            raise PerdureError(f"shots_file={lists:.80} is no JSON object: {error}.") from None
     elif not os.path.isfile(expanded(lists)):
         raise PerdureError(f"shots_file={lists} is not there. Give a JSON file {{class: [image, …]}}.")
     else:
