@@ -119,7 +119,9 @@ def test_a_name_in_parts_is_the_name(tmp_path: Path, mine: Path, drawings: Path)
     assert Learner(mine).predict(next((tmp_path / "NFC" / "bar").iterdir()))[0]["label"]
 
 
-@pytest.mark.parametrize("option", ["unreadable=0.1", "base=2", "increment=2", "shots_from=2", "shots_seed=1", "shots_file=a.json"])
+@pytest.mark.parametrize(
+    "option", ["unreadable=0.1", "base=2", "increment=2", "shots_from=2", "shots_seed=1", "shots_file=a.json"]
+)
 def test_what_belongs_to_runs_is_refused(option: str, tmp_path: Path, drawings: Path) -> None:
     found = command("learn", tmp_path / "HOME", drawings / "food", option, "--method", "ridge")
     assert "belongs to runs over a stream" in str(found.exception) and not (tmp_path / "HOME").exists()
