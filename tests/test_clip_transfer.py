@@ -121,6 +121,26 @@ def test_the_pull_is_towards_the_class_s_text(clip: CLIP, stream: Stream) -> Non
         )
 
 
+@pytest.mark.parametrize("name", ["codyra", "keep_lora", "moe_adapters", "cpe_clip"])
+def test_methods_with_losses_of_their_own_pull_too(name: str, stream: Stream) -> None:
+    few = stream.shortened(1, 12)
+    (task,) = few.tasks
+    asked = {"iterations": 1, "epochs": 1, "batch_size": 12, "warmup": 0, "experts": 3, "reference": "none"}
+    known = set(launch.method_options(launch.method_entry(name)))
+    first = []
+    for pull in (0.0, 0.3):
+        clip = CLIP.load(str(mini.MODEL))
+        texts = clip.class_texts([c.prompts()[:1] for c in task.classes])
+        away = positive_pull(clip.embeddings(task.train.pixels), texts[task.train.labels]).item()
+        method = launch.build(name, {**{k: v for k, v in asked.items() if k in known}, "positive_pull": pull})
+        torch.manual_seed(0)
+        method.bind(clip, few.context())
+        method.begin_task(task)
+        losses = fit(method, task, torch.Generator().manual_seed(0), clip.size, clip.device)
+        first.append(sum(values[0] for values in losses.values()))
+    assert first[1] - first[0] == pytest.approx(0.3 * away, rel=0.35)  # images are cropped at random, prompts are new
+
+
 def test_gift_pulls_its_pairs_together_too(clip: CLIP, stream: Stream) -> None:
     found = {}
     for pull in (0.0, 0.5):

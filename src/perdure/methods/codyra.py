@@ -36,7 +36,7 @@ from perdure.data.task import Batch, Context, Task
 from perdure.methods.base import Method, State, Training, register
 from perdure.models.beside import LowRank, linears
 from perdure.models.clip import CLIP
-from perdure.ops.losses import classification
+from perdure.ops.losses import classification, positive_pull
 from perdure.training.fit import Backward
 from perdure.training.recipe import LORA_LAYERS
 
@@ -111,8 +111,11 @@ class CoDyRA(Method):
         """One batch: the image side, and the text side where the image tower learns."""
         c, clip = self.config, self.clip
         texts = self.frozen_texts if self.frozen_texts is not None else clip.encode_tokens(self.tokens)
-        logits = clip.similarity(clip.encode_image(batch.images), texts)
+        images = clip.encode_image(batch.images)
+        logits = clip.similarity(images, texts)
         losses = {"task": classification(logits, batch.labels, c.label_smoothing, self.group)}
+        if c.positive_pull:
+            losses["pull"] = c.positive_pull * positive_pull(images, texts[batch.labels])
         if c.towers != "text":
             own = logits.log_softmax(0).gather(1, batch.labels[:, None])
             losses["text_side"] = -own.sum() / self.rows

@@ -47,7 +47,7 @@ from perdure.models.clip import CLIP
 from perdure.models.grams import grams
 from perdure.models.heads import CosineHead
 from perdure.ops import subspace
-from perdure.ops.losses import classification
+from perdure.ops.losses import classification, positive_pull
 from perdure.ops.prototypes import class_means
 from perdure.training.fit import Backward, batches, mean_gradient
 from perdure.training.recipe import TaskName
@@ -186,7 +186,10 @@ class KeepLoRA(Method):
         logits = self.clip.similarity(images, texts)
         if self.classifier is not None:
             logits = logits + self.config.head_scale * self.classifier(images)
-        backward(task=classification(logits, batch.labels, self.config.label_smoothing, self.group))
+        losses = {"task": classification(logits, batch.labels, self.config.label_smoothing, self.group)}
+        if self.config.positive_pull:
+            losses["pull"] = self.config.positive_pull * positive_pull(images, texts[batch.labels])
+        backward(**losses)
 
     # ---- merge, and protect
 

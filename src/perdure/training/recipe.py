@@ -63,6 +63,9 @@ class Training:
         Literal["image", "text", "both"],
         Field(description="whose blocks; hidden states, as of unit embeddings no dimension deviates by 1"),
     ] = "image"
+    positive_pull: Annotated[
+        float, Field(ge=0, description="λ, weight of the squared distance of images to their own texts")
+    ] = 0.0
 
     def __post_init__(self) -> None:
         if self.vcreg != "none" and {self.towers, self.vcreg_towers} == {"image", "text"}:
@@ -83,9 +86,6 @@ class Recipe(Training):
             "images with captions"
         ),
     ] = "softmax"
-    positive_pull: Annotated[
-        float, Field(ge=0, description="λ, weight of the squared distance of images to their own texts")
-    ] = 0.0
     adapt: Annotated[
         Literal["full", "lora", "rotation"],
         Field(description="train all weights, low-rank adapters, or rotations of the weights (orthogonal fine-tuning)"),
