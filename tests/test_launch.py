@@ -442,3 +442,16 @@ def test_an_old_run_folder_stays_readable(tmp_path: Path) -> None:
     found = load_file(folder / "task_02_step_02" / "hits.safetensors")
     agree = torch.cat([(found[name] == wanted[name]).float() for name in wanted]).mean().item()
     assert found.keys() == wanted.keys() and agree > 0.9  # to the bit on the machine that wrote it
+
+
+def test_an_old_run_that_was_stopped_inside_a_task_is_gone_on_with(tmp_path: Path) -> None:
+    """A run of ConDU that version 0.1.0 wrote, with ``keep=last`` and a save inside its third task, at step 2 of 6."""
+    folder, heard = tmp_path / "run", list[int]()
+    shutil.copytree(Path(__file__).parent / "runs" / "format-1-condu", folder)
+    before = json.loads((folder / "metrics.json").read_text())
+    ear = launch.Watcher()
+    setattr(ear, "step", lambda step, *rest: heard.append(step))  # noqa: B010
+    found = perdure.resume(folder, ear)
+    assert heard == [3, 4, 5, 6] and not list(folder.glob("begun_*"))
+    assert found["accuracy"][:3] == before["accuracy"] and found["tasks"] == ["animals", "digits", "food"]
+    assert launch.export(folder, tmp_path / "out", task=2).startswith("The expert of digits")
