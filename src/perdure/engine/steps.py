@@ -85,8 +85,8 @@ class Steps:
             self.told = stopping.agreed()
             if self.told:
                 return True
-            if place.last and (key in self.entries or self.costly()):  # a stop may come while it is fused, or evaluated
-                return True
+            if place.last:  # a stop may come while it is fused, or evaluated
+                return key in self.entries or self.costly()
             if self.every.steps:
                 return place.step % self.every.steps == 0
             return bool(self.every.seconds) and time.monotonic() - self.saved >= self.every.seconds
