@@ -135,7 +135,7 @@ def carried_out(out: Path, asked: Plan, cells: list[Cell], place: Place, retries
     try:
         with stopping.listening(), only_one(out):
             try:
-                return done(out, asked, cells, place, retries)
+                return under_a_table(out, asked, cells, place, retries)
             finally:  # Ray makes of what interrupts it an interrupt of its own
                 code = 128 + (stopping.asked() or signal.SIGINT)
     except KeyboardInterrupt:
@@ -147,7 +147,7 @@ def carried_out(out: Path, asked: Plan, cells: list[Cell], place: Place, retries
         place.close()
 
 
-def done(out: Path, asked: Plan, cells: list[Cell], place: Place, retries: int) -> list[Run]:
+def under_a_table(out: Path, asked: Plan, cells: list[Cell], place: Place, retries: int) -> list[Run]:
     """Claim and do the runs under a live table."""
     from rich.live import Live
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perdure.core.features import Features
 from perdure.data.task import Images, Probe, Query, Stream, Task
 from perdure.engine.evaluate import Protocol, for_gap, gap
 from perdure.methods.base import Expert, Method
 from perdure.models.clip import CLIP
-from perdure.models.recompute import blocks
+from perdure.models.recompute import blocks_of
 from perdure.ops.losses import positive_pull
 from perdure.ops.margins import cka, class_margins, correlation, described, pair_margins
 from perdure.ops.redundancy import effective_rank, mean_correlation
@@ -128,7 +129,9 @@ def weights_moved(clip: CLIP) -> dict[str, float]:
 
 
 class Listening:
-    """Hears what each block of both towers gives, as means over tokens (N, H)."""
+    """Hears what each block of both towers gives, as means over tokens (N, H), and keeps what the image tower ``pooled``."""
+
+    pooled: Tensor
 
     def __init__(self, clip: CLIP):
         self.clip = clip
@@ -146,12 +149,11 @@ class Listening:
         """By block, and under ``rest`` of the embeddings themselves."""
         clip, hooks = self.clip, []
         for tower in ("image", "text"):
-            own = [block for name, block in blocks(clip.backbone).items() if clip.part_of(name) == tower]
-            for number, block in enumerate(own, 1):
+            for number, block in enumerate(blocks_of(clip, tower).values(), 1):
                 hooks.append(block.register_forward_hook(self.hear(f"{tower} {number}")))
         try:
-            batches = [part for one in images for part in one.pixels.split(clip.evaluation_batch)]
-            ends = {"image rest": torch.cat([clip.encode_image(part) for part in batches])}
+            seen = Features.cat([clip.features(one.pixels) for one in images])
+            self.pooled, ends = seen.pooled, {"image rest": seen.embedded}
             texts = [clip.encode_text(prompts[k : k + TEXTS]) for k in range(0, len(prompts), TEXTS)]
             ends["text rest"] = torch.cat(texts)
         finally:
@@ -160,17 +162,17 @@ class Listening:
         return {**{name: torch.cat(found) for name, found in self.heard.items()}, **ends}
 
 
-def block_features(clip: CLIP, stream: Stream) -> dict[str, Tensor]:
-    """What the blocks make of the images that the gap is measured on, and of all classes' prompts, by the weights held now."""
+def block_features(clip: CLIP, stream: Stream) -> tuple[dict[str, Tensor], Tensor]:
+    """What the blocks make of the images that the gap is measured on, and of all classes' prompts, by the weights held now; and
+    what of these images is pooled."""
     parts: list[Task | Probe] = [*stream.tasks, *([stream.probe] if stream.probe else [])]
     prompts = list(dict.fromkeys(c.prompts()[0] for part in parts for c in part.classes))
-    return Listening(clip).features([part.test for part in for_gap(stream)], prompts)
+    ears = Listening(clip)
+    return ears.features([part.test for part in for_gap(stream)], prompts), ears.pooled
 
 
-def spread(clip: CLIP, stream: Stream) -> dict[str, float]:
-    """How many directions the pooled features of the gap's images use, and how alike their dimensions are: what VCReg is to
-    raise and to lower; by the weights held now."""
-    pooled = torch.cat([clip.features(part.test.pixels).pooled for part in for_gap(stream)])
+def spread(pooled: Tensor) -> dict[str, float]:
+    """How many directions features (N, H) use, and how alike their dimensions are: what VCReg is to raise and to lower."""
     return {"effective_rank": effective_rank(pooled), "mean_correlation": mean_correlation(pooled)}
 
 
@@ -207,12 +209,12 @@ def measured(
     clip = method.clip
     with clip.preserved():
         method.load_expert(newest(method, parts, seen))
-        moved, now, wide = weights_moved(clip), block_features(clip, stream), spread(clip, stream)
+        moved, (now, pooled) = weights_moved(clip), block_features(clip, stream)
         pairs = {task.name: found for task in stream.tasks if (found := of_pairs(clip, task, images))}
     alike = {name: cka(start[name], now[name]) for name in sorted(now, key=in_order)}
     apart = gap(method, for_gap(stream))
     found = {"margins": margins(method, parts), "pairs": pairs, "gap": apart}
-    return {**found, "weights": moved, "cka": alike, "spread": wide}
+    return {**found, "weights": moved, "cka": alike, "spread": spread(pooled)}
 
 
 def early_warning(stages: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Again:
         self.clip = load_clip(config, data.model)
         self.data = data.at(*self.clip.view)
         self.protocol = Protocol(settings.labels, settings.task_id)  # type: ignore[arg-type]
-        self.start = block_features(self.clip, self.data)
+        self.start, _ = block_features(self.clip, self.data)
 
     def method(self, place: Path | None) -> Method:
         """As it was when it wrote ``place``; None: the model before any task."""

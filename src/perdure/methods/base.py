@@ -54,9 +54,7 @@ class Method(Answering, Inside, Learning):
     State: ClassVar[type] = State
     plays: ClassVar[Sequence[str]] = ("learn", "fuse", "answer")  # in another role it has nothing of its own to say
     must_fuse: ClassVar[bool] = False  # True: what it learns acts only where it fuses too
-    goes_on: ClassVar[bool] = (
-        False  # True: what it keeps of earlier tasks means nothing where each begins from the first weights
-    )
+    goes_on: ClassVar[bool] = False  # True: what it keeps of earlier tasks supposes their weights
     keeps_captions: ClassVar[bool] = True  # False: images that it brings into a batch have lost theirs
     role_options: ClassVar[Mapping[str, type]] = {}  # the options that count where only this role is played
     scope: ClassVar[Literal["task", "stream"]] = "task"  # stream: sees all tasks at once

@@ -182,7 +182,7 @@ class CLGCBM(HeadMethod):
         lr, epochs = (c.first_lr, c.first_epochs) if first else (None, None)
         plan = Schedule(
             0, c.lr if lr is None else lr, 0, c.batch_size, optimizer="adam", epochs=epochs or c.epochs,
-            milestones=c.milestones, gamma=c.gamma, floor=0.0 if c.milestones else 1.0,  # without any the rate stays
+            milestones=c.milestones, gamma=c.gamma,
         ).over(len(x))  # fmt: skip
         judge = Judge(test, test_rows, c.look_every, plan.stride, plan.steps)
         learner = Bottleneck(weight, heads, named, c.sim, c.sparsity, judge)

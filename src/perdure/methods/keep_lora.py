@@ -177,7 +177,7 @@ class KeepLoRA(Method):
         c = self.config
         plan = replace(super().schedule(task), augment=c.augment, one_cycle=c.one_cycle)
         epochs = c.epochs_by_task.get(task.name, c.epochs)
-        return replace(plan, epochs=epochs, milestones=c.milestones).over(len(task.train)) if epochs else plan
+        return replace(plan, epochs=epochs, milestones=c.milestones or None).over(len(task.train)) if epochs else plan
 
     def step(self, batch: Batch, backward: Backward) -> None:
         """One batch: cross entropy of s·I·Tᵀ, with the classifier's logits where there is one."""

@@ -50,7 +50,8 @@ class Learning(Learner):
         return Schedule(
             steps=c.iterations * task.parts, epochs=c.epochs, lr=c.lr_by_task.get(task.name, c.lr), warmup=c.warmup,
             batch_size=c.batch_size, optimizer=c.optimizer, momentum=c.momentum, weight_decay=c.weight_decay,
-            betas=(c.beta1, c.beta2), clip=c.clip_grad, milestones=c.milestones, gamma=c.gamma, rates=self.tower_rates(),
+            betas=(c.beta1, c.beta2), clip=c.clip_grad, milestones=c.milestones or None, gamma=c.gamma,
+            rates=self.tower_rates(),
         ).over(len(task.train))  # fmt: skip
 
     def tower_rates(self) -> dict[str, float]:

@@ -164,7 +164,7 @@ class MGCLIP(Method):
 
     def schedule(self, task: Task) -> Schedule:
         c = self.config
-        plan = replace(super().schedule(task), augment=c.augment, stride=1, milestones=c.milestones)
+        plan = replace(super().schedule(task), augment=c.augment, stride=1, milestones=c.milestones or None)
         if c.iterations:
             return replace(plan, steps=c.iterations * task.parts)
         epochs = c.most_epochs if self.searching else c.epochs or self.state.epochs

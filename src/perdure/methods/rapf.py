@@ -48,9 +48,7 @@ class Config(HeadOptions):
     lr: Annotated[float, Field(ge=0, description="of W, by Adam")] = 1e-3
     epochs: Annotated[int, Field(ge=0, le=10**6, description="passes over a task's features")] = 15
     batch_size: Annotated[int, Field(ge=1, le=10**6, description="features of the task a step")] = 64
-    milestones: Annotated[
-        tuple[int, ...], Field(description="epochs where the rate falls by gamma; none: it stays")
-    ] = (4, 10)
+    milestones: Annotated[tuple[int, ...], Field(description="epochs where the rate falls by gamma, or none")] = (4, 10)
     gamma: Annotated[float, Field(ge=0, le=1, description="factor on the rate at each milestone")] = 0.1
     init: Annotated[Literal["identity", "random"], Field(description="how W starts, before the first task")] = (
         "identity"
@@ -98,15 +96,7 @@ class RAPF(HeadMethod):
         pairs = near_pairs(texts, old, fresh, c.near) if c.hinge else []
         adapter = Adapter(weight, texts, self.clip.scale.item(), pairs, c)
         plan = Schedule(
-            0,
-            c.lr,
-            0,
-            c.batch_size,
-            optimizer="adam",
-            epochs=c.epochs,
-            milestones=c.milestones,
-            gamma=c.gamma,
-            floor=0.0 if c.milestones else 1.0,  # without any the rate stays
+            0, c.lr, 0, c.batch_size, optimizer="adam", epochs=c.epochs, milestones=c.milestones, gamma=c.gamma
         ).over(len(x))
         self.train(adapter, plan, self.draws(task, x, rows, pairs), "map")
         state.gaussians = gaussians.add(state.gaussians, x, rows, len(state.classes))

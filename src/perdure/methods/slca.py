@@ -51,9 +51,7 @@ class Alignment(HeadOptions):
     lr: Annotated[float, Field(ge=0, description="of the heads, by SGD")] = 0.01
     epochs: Annotated[int, Field(ge=0, le=10**6, description="passes over a task")] = 20
     batch_size: Annotated[int, Field(ge=1, le=10**6, description="images a step")] = 128
-    milestones: Annotated[
-        tuple[int, ...], Field(description="epochs where the rate falls by gamma; none: it stays")
-    ] = (18,)
+    milestones: Annotated[tuple[int, ...], Field(description="epochs where the rate falls by gamma, or none")] = (18,)
     momentum: Annotated[float, Field(ge=0, lt=1, description="SGD's, in both stages")] = 0.9
     weight_decay: Annotated[float, Field(ge=0, description="in both stages")] = 5e-4
     align: Annotated[bool, Field(description="align the heads after each task but the first")] = True
@@ -137,8 +135,8 @@ class SLCA(HeadMethod):
         return {**tower, **named(self.head)} if self.head else {}
 
     def schedule(self, task: Task) -> Schedule:
-        c = self.config
-        return replace(Method.schedule(self, task), augment=c.augment, floor=0.0 if c.milestones else 1.0)
+        plan = Method.schedule(self, task)
+        return replace(plan, augment=self.config.augment, milestones=plan.milestones or ())
 
     def step(self, batch: Batch, backward: Backward) -> None:
         assert self.head is not None

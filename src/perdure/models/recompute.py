@@ -38,6 +38,11 @@ def blocks(backbone: Any) -> dict[str, Any]:
     return {name: block for name, block in backbone.named_modules() if isinstance(block, GradientCheckpointingLayer)}
 
 
+def blocks_of(clip: Any, tower: str) -> dict[str, Any]:
+    """Those of a model's ``image`` or ``text`` tower, in order, by name."""
+    return {name: block for name, block in blocks(clip.backbone).items() if clip.part_of(name) == tower}
+
+
 def by_blocks(backbone: Any) -> None:
     """Let every block of a transformers model keep its input alone."""
     # later versions of transformers 5 call it activation checkpointing, and warn of the old name

@@ -49,9 +49,7 @@ class BottleneckOptions:
     first_lr: Annotated[float | None, Field(ge=0, description="of the first task; none: lr")] = None
     epochs: Annotated[int, Field(ge=1, le=10**6, description="passes over a task's and old classes' features")] = 60
     first_epochs: Annotated[int | None, Field(ge=1, le=10**6, description="of the first task; none: epochs")] = None
-    milestones: Annotated[
-        tuple[int, ...], Field(description="epochs where the rate falls by gamma; none: it stays")
-    ] = (30, 40, 50)
+    milestones: Annotated[tuple[int, ...], Field(description="epochs where the rate falls; or none")] = (30, 40, 50)
     gamma: Annotated[float, Field(ge=0, le=1, description="factor on the rate at each milestone")] = 0.1
     batch_size: Annotated[int, Field(ge=1, le=10**6, description="features a step, of the search too")] = 64
     pseudo: Annotated[bool, Field(description="features of new classes moved to the means of old ones")] = True

@@ -16,11 +16,12 @@ class Schedule:
     """Steps, rates and the optimiser: linear warm-up to ``lr``, then a cosine to ``floor``·lr at ``horizon``.
 
     GIFT's, ZSCL's and ConDU's recipe goes to 0, a new rate each step; MG-CLIP's to a hundredth, a new rate each epoch
-    (``stride`` steps). With ``milestones`` the rate stays after the warm-up and is multiplied by ``gamma`` at each of these
-    steps instead. ``one_cycle``: see ``phase``. ``epochs``: passes over the images in place of steps; see ``over``. ``rates``:
-    factors on the rate of parameters whose names begin so (the longest beginning counts). ``augment``: whether images are
-    cropped at random. ``restart``: after so many steps the cosine begins anew, and after twice as many again, and so on; 0:
-    never. ``begin``: the rate that a warm-up begins with, rising once a ``stride``; None: it rises each step, from lr / warmup.
+    (``stride`` steps). With ``milestones``, be there none of them, the rate stays after the warm-up and is multiplied by
+    ``gamma`` at each of these steps instead. ``one_cycle``: see ``phase``. ``epochs``: passes over the images in place of
+    steps; see ``over``. ``rates``: factors on the rate of parameters whose names begin so (the longest beginning counts).
+    ``augment``: whether images are cropped at random. ``restart``: after so many steps the cosine begins anew, and after
+    twice as many again, and so on; 0: never. ``begin``: the rate that a warm-up begins with, rising once a ``stride``; None:
+    it rises each step, from lr / warmup.
     """
 
     steps: int
@@ -36,7 +37,7 @@ class Schedule:
     augment: bool = True
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     momentum: float = 0.9  # SGD's
-    milestones: tuple[int, ...] = ()
+    milestones: tuple[int, ...] | None = None  # None: a cosine
     gamma: float = 0.1
     one_cycle: bool = False
     epochs: int = 0
@@ -49,9 +50,8 @@ class Schedule:
         if not self.epochs:
             return self
         size = -(-count // self.batch_size)
-        return replace(
-            self, steps=self.epochs * size, stride=size, epochs=0, milestones=tuple(m * size for m in self.milestones)
-        )
+        falls = None if self.milestones is None else tuple(m * size for m in self.milestones)
+        return replace(self, steps=self.epochs * size, stride=size, epochs=0, milestones=falls)
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0 … steps - 1."""
@@ -62,7 +62,7 @@ class Schedule:
             return self.begin + (self.lr - self.begin) * (step // self.stride * self.stride) / self.warmup
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        if self.milestones:
+        if self.milestones is not None:
             return self.lr * self.gamma ** sum(step >= m for m in self.milestones)
         length = (self.steps if self.horizon is None else self.horizon) - self.warmup
         gone = step - self.warmup

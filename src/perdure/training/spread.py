@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from perdure.core import processes
 from perdure.models.clip import CLIP
-from perdure.models.recompute import blocks
+from perdure.models.recompute import blocks_of
 from perdure.models.towers import Part
 from perdure.ops.losses import variance_covariance
 from perdure.training.fit import Regulariser
@@ -48,7 +48,7 @@ class Spread:
         """The blocks that are regularised, by name."""
         out: dict[str, nn.Module] = {}
         for tower in TOWERS[self.options.vcreg_towers]:
-            own = [(n, block) for n, block in blocks(self.clip.backbone).items() if self.clip.part_of(n) == tower]
+            own = list(blocks_of(self.clip, tower).items())
             out |= dict(own[-1:] if self.options.vcreg == "last" else own)
         return out
 
