@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import perdure
 from perdure import launch
 from perdure.benchmarks import mini
 from perdure.cli import app
+from perdure.cli.analysing import courses
 from perdure.cli.results import read_metrics
 from perdure.core.errors import PerdureError
 from perdure.data.rehearsed import rehearsed
@@ -33,8 +35,10 @@ from perdure.methods.ncm import NearestClassMean
 from perdure.methods.zscl import ZSCL
 from perdure.models.clip import CLIP
 from perdure.ops.losses import classification, contrastive, positive_pull
-from perdure.ops.margins import cka, class_margins, correlation
+from perdure.ops.margins import cka, class_margins, correlation, described, pair_margins
 from perdure.report import analysis, html
+from perdure.synthesis.store import collect
+from perdure.terminal import console
 from perdure.training.fit import fit
 
 Run = Callable[..., dict[str, Any]]
@@ -195,8 +199,8 @@ def test_margins_of_one_class_and_correlations_of_nothing() -> None:
 
 def test_pairs_of_captioned_images_and_texts_under_a_head(clip: CLIP, stream: Stream) -> None:
     data = with_captions(stream.shortened(2, 8))
-    found = of_pairs(clip, data.tasks[1], 6)
-    assert found is not None and sum(found["histogram"]) == 30 and of_pairs(clip, stream.tasks[1], 6) is None
+    found = of_pairs(clip, data.tasks[1].train, 6)
+    assert found is not None and sum(found["histogram"]) == 30 and of_pairs(clip, stream.tasks[1].train, 6) is None
     method = NearestClassMean()
     method.bind(clip)
     parts = asked(replace(data, probe=None), Protocol("task", "known"), 0, 4)
@@ -239,6 +243,44 @@ def test_a_run_is_looked_at_stage_by_stage_and_its_report_shows_it(short_run: Ru
     assert analysis.of({**run, "seed": 5}) == {} == analysis.of({**run, "analysis": None})
     launch.begin("zero_shot", "mini-mtil", folder, overwrite=True, assignments={"tasks": 1, "images": 8})
     assert not (folder / "analysis.json").exists()  # it was of another run
+
+
+@pytest.mark.slow
+def test_margins_of_the_pairs_that_a_run_replayed(
+    tmp_path: Path, stream: Stream, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each text once; where they lie elsewhere, too; where they are gone, none are spoken of."""
+    pixels, task = stream.tasks[1].train.pixels, stream.tasks[1]
+    prompts = [task.prompts()[k] for k in task.train.labels.tolist()]
+    collect(tmp_path / "kept", pixels[:], prompts, "drawings")
+    values: dict[str, Any] = {
+        "images": 8,
+        "iterations": 2,
+        "warmup": 0,
+        "lr": 1e-3,
+        "batch_size": 8,
+        "precision": "fp32",
+    }
+    values |= {"pairs": str(tmp_path / "kept"), "synthetic": 16, "synthetic_batch": 8}
+    folder = tmp_path / "run"
+    perdure.run("gift", two_tasks(), folder, **values)
+    stages = analyse(folder, stream=two_tasks())["stages"]
+    several = len(set(prompts))
+    assert all(sum(one["synthetic_pairs"]["histogram"]) == several * (several - 1) for one in stages)
+    clip, image_of = CLIP.load(str(mini.MODEL)), {text: k for k, text in enumerate(prompts)}
+    x, y = clip.embeddings(pixels[torch.tensor(list(image_of.values()))]), clip.encode_text(list(image_of))
+    for key, value in described(pair_margins(x, y), 1 / clip.scale.item()).items():
+        assert stages[0]["synthetic_pairs"][key] == pytest.approx(value, abs=1e-5), key
+    assert stages[0]["synthetic_pairs"] != stages[-1]["synthetic_pairs"]
+    run = read_metrics(folder)
+    assert "Median pair margin" in (page := html.render([run])) and ">synthetic pairs<" in page
+    console().print(courses(run["analysis"]))
+    told = capsys.readouterr().out
+    assert "pairs'" in told and f"{stages[-1]['synthetic_pairs']['median']:.3f}" in told
+    shutil.rmtree(tmp_path / "kept")
+    gone = analyse(folder, stream=two_tasks())["stages"]
+    assert all(one["synthetic_pairs"] is None for one in gone)
+    assert "Median pair margin" not in html.render([read_metrics(folder)])
 
 
 @pytest.mark.slow

@@ -40,20 +40,24 @@ def say(text: str) -> None:
 
 
 def courses(found: dict[str, Any]) -> Any:
-    """The stages as a table: means over the tasks, the probe, the gap, and the largest moves."""
+    """The stages as a table: means over the tasks, the probe, synthetic pairs, the gap, and the largest moves."""
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None)
     table.add_column("", overflow="fold")
-    for column in ("margin", "above τ", "probe's", "image to text²", "gap", "weights moved", "least CKA"):
+    paired = all(stage["synthetic_pairs"] for stage in found["stages"])
+    more = ("pairs'",) if paired else ()
+    for column in ("margin", "above τ", "probe's", *more, "image to text²", "gap", "weights moved", "least CKA"):
         table.add_column(column, justify="right")
     for stage in found["stages"]:
         by_task = [values for name, values in stage["margins"].items() if name != "probe"]
         probe, lost = stage["margins"].get("probe"), min(stage["cka"].items(), key=lambda one: one[1])
         table.add_row(
             escape(stage["task"]), mean(by_task, "median"), mean(by_task, "above_tau", "{:.0%}"),
-            "–" if probe is None else f"{probe['median']:.3f}", mean(by_task, "distance"), f"{stage['gap']['distance']:.3f}",
+            "–" if probe is None else f"{probe['median']:.3f}",
+            *([f"{stage['synthetic_pairs']['median']:.3f}"] if paired else []),
+            mean(by_task, "distance"), f"{stage['gap']['distance']:.3f}",
             f"{max(stage['weights'].values()):.2%}", f"{lost[1]:.3f} ({lost[0]})",
         )  # fmt: skip
     return table

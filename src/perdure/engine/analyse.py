@@ -84,9 +84,9 @@ def margins(method: Method, parts: Sequence[Asked]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def of_pairs(clip: CLIP, task: Task, images: int) -> dict[str, Any] | None:
-    """Pair margins of a task's training images with their captions, by the weights held now; None without captions."""
-    some = task.train.spread(images)
+def of_pairs(clip: CLIP, images: Images, most: int) -> dict[str, Any] | None:
+    """Pair margins of images with their captions, of at most ``most``, by the weights held now; None without captions."""
+    some = images.spread(most)
     if some.captions is None or len(some) < 2:
         return None
     x, y = clip.embeddings(some.pixels), clip.encode_text(list(some.captions))
@@ -203,17 +203,20 @@ def answer_alone(method: Method, query: Query) -> Tensor:
 
 
 def measured(
-    method: Method, stream: Stream, parts: Sequence[Asked], seen: int, start: Mapping[str, Tensor], images: int
+    method: Method, stream: Stream, parts: Sequence[Asked], seen: int, start: Mapping[str, Tensor], images: int,
+    synthetic: Images | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The stage after ``seen`` tasks in figures. ``start``: what ``block_features`` gave before any."""
+    """The stage after ``seen`` tasks in figures. ``start``: what ``block_features`` gave before any; ``synthetic``: pairs that
+    the run replayed."""
     clip = method.clip
     with clip.preserved():
         method.load_expert(newest(method, parts, seen))
         moved, (now, pooled) = weights_moved(clip), block_features(clip, stream)
-        pairs = {task.name: found for task in stream.tasks if (found := of_pairs(clip, task, images))}
+        pairs = {task.name: found for task in stream.tasks if (found := of_pairs(clip, task.train, images))}
+        replayed = of_pairs(clip, synthetic, images) if synthetic else None
     alike = {name: cka(start[name], now[name]) for name in sorted(now, key=in_order)}
     apart = gap(method, for_gap(stream))
-    found = {"margins": margins(method, parts), "pairs": pairs, "gap": apart}
+    found = {"margins": margins(method, parts), "pairs": pairs, "synthetic_pairs": replayed, "gap": apart}
     return {**found, "weights": moved, "cka": alike, "spread": spread(pooled)}
 
 

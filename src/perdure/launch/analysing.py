@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from perdure.core.caller import undisturbed
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.seeding import reseed
-from perdure.core.state import only_one, write_json
-from perdure.data.task import Context, Stream
+from perdure.core.state import inside, only_one, write_json
+from perdure.data.files import Files
+from perdure.data.task import Context, Images, Stream
 from perdure.engine.analyse import agreement, asked, block_features, early_warning, measured
 from perdure.engine.checkpoint import folder_names, read_task
 from perdure.engine.evaluate import Protocol
@@ -20,6 +23,8 @@ from perdure.launch.folders import ANALYSIS
 from perdure.launch.runs import built, reopen
 from perdure.launch.sources import Asked
 from perdure.methods.base import Method
+from perdure.models.clip import CLIP
+from perdure.synthesis.store import Store
 
 
 def analyse(
@@ -42,7 +47,7 @@ def analyse(
                 f"{folder} has no finished task yet, so there is nothing to compare. Go on: perdure resume {folder}"
             )
         settings.take_effect()
-        again = Again(config, data, method)
+        again = Again(folder, config, data, method)
         stages = [again.stage(k, place, images, on_stage or str) for k, place in enumerate(done)]
         names = [task.name for task in data.tasks]
         found = {
@@ -55,16 +60,28 @@ def analyse(
         return found
 
 
+def replayed(folder: Path, options: Mapping[str, Any], clip: CLIP) -> Images | None:
+    """The synthetic pairs of a run, one a text: between texts that are alike there is no margin. None where there are none, or
+    they are gone."""
+    base = Path(options.get("pairs") or folder / "pairs")
+    if not (base / "store.json").is_file():
+        return None
+    file_of = {e.prompt: inside(base, e.file) for e in Store(base, {}).entries.values() if e.file}
+    pictures = Files(tuple(file_of.values()), *clip.view)
+    return Images(pictures, torch.zeros(len(file_of), dtype=torch.int64), tuple(file_of))
+
+
 class Again:
     """A run's model put together again, stage by stage. ``kind``: its method, where that was handed over as an object."""
 
-    def __init__(self, config: dict[str, Any], data: Stream, kind: str | type[Method] | None):
+    def __init__(self, folder: Path, config: dict[str, Any], data: Stream, kind: str | type[Method] | None):
         self.config, self.kind = config, kind
         settings = Settings.recorded(config["settings"])
         self.clip = load_clip(config, data.model)
         self.data = data.at(*self.clip.view)
         self.protocol = Protocol(settings.labels, settings.task_id)  # type: ignore[arg-type]
         self.start, _ = block_features(self.clip, self.data)
+        self.synthetic = replayed(folder, config["options"], self.clip)
 
     def method(self, place: Path | None) -> Method:
         """As it was when it wrote ``place``; None: the model before any task."""
@@ -85,7 +102,8 @@ class Again:
         self.now = self.method(place if number else None)
         self.seen = len(self.data.tasks) if self.now.scope == "stream" and number else number
         self.parts = asked(self.data, self.protocol, self.seen, images)
-        return {"task": place.name, **measured(self.now, self.data, self.parts, self.seen, self.start, images)}
+        given = self.parts, self.seen, self.start, images, self.synthetic
+        return {"task": place.name, **measured(self.now, self.data, *given)}
 
     def agreement(self) -> dict[str, Any]:
         """Which experts agree, at the stage that was looked at last."""

@@ -13,6 +13,7 @@ from perdure.report.entries import Entry, mapping
 from perdure.report.palette import colours
 
 Cell = tuple[str, str]  # a text, and its colours
+SYNTHETIC = "synthetic pairs"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def _analysis(entry: Entry, found: dict[str, Any]) -> Analysis:
         ),
     ]
     tables = [Table(title, names, _named(stages, rows)) for title, rows in shares]
+    tables += _pairs(stages)
     parts = list(stages[0]["weights"])
     most = max((max(s["weights"].values()) for s in stages), default=0.0) or 1.0
     moved = [[_cell(s["weights"][part], "{:.1%}", most) for part in parts] for s in stages]
@@ -83,6 +85,22 @@ def _analysis(entry: Entry, found: dict[str, Any]) -> Analysis:
         tables.append(Table("Experts, how often two give the same answer", experts["names"], rows))
     charts = [_histogram(entry, name, stages, tau) for name in names]
     return Analysis(entry, tables, charts, _note(found))
+
+
+def _pairs(stages: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Margins of images and their own texts: of tasks that have captions, and of the synthetic pairs that were replayed."""
+    sets = [{**s.get("pairs", {}), **({SYNTHETIC: s["synthetic_pairs"]} if s.get("synthetic_pairs") else {})} for s in stages]
+    names = list(sets[0])
+    if not names:
+        return []
+    shares = (
+        ("Median pair margin, in cosine", "median", "{:.3f}", 0.3),
+        ("Share of pair margins above τ", "above_tau", "{:.0%}", 1),
+    )
+    return [
+        Table(title, names, _named(stages, [_row(one, names, key, form, most) for one in sets]))
+        for title, key, form, most in shares
+    ]
 
 
 def _row(by_name: Mapping[str, Any], names: Sequence[str], key: str, form: str, most: float) -> list[Cell]:
