@@ -25,7 +25,6 @@ from perdure.engine.teach import Teacher
 from perdure.engine.watcher import Watcher
 from perdure.launch.options import build_entry
 from perdure.methods.base import Method
-from perdure.methods.gift import GIFT
 from perdure.models.clip import CLIP
 
 OWN = Path(__file__).parent / "own"
@@ -85,6 +84,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("orth_sr", {"rotation_block": 32, "cutout": "attentive", "cutout_at": "drawn"}),
     ("codyra", {"dense": 0.0, "kappa": 0.5, "kappa_steps": 2}),
     ("orth_sr", {"cutout": "random", "rotation_block": 32, "rotation_layers": ("v_proj",)}),
+    ("pfr", {"distil_on": "synthetic"}),
     (str(OWN / "prompt.py"), {}),
     (str(OWN / "adapter.py"), {}),
 ]
@@ -135,8 +135,8 @@ class World:
         method = build_entry(self.entry, self.values)
         method.bind(clip, self.stream.context(3, self.folder))
         for part in getattr(method, "parts", {"learn": method}).values():
-            if isinstance(part, GIFT):
-                part.replay = Given(self.pairs)  # type: ignore[assignment]
+            if hasattr(part, "replay"):
+                part.replay = Given(self.pairs)
         return method
 
     def life(self, ear: Ear, every: Every) -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from cases import case, part
 from features import probed, tasks, taught
+from gift_step import Given
+from test_gift import some_pairs
 from test_learner import drawings  # noqa: F401
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 from perdure import Learner
 from perdure.cli import app
 from perdure.core.errors import PerdureError
+from perdure.core.seeding import derive
 from perdure.data.task import Batch, Class, Context, Images, Stream, Task
 from perdure.data.views import distorted
 from perdure.methods.base import Method
@@ -26,7 +29,8 @@ from perdure.methods.pfr import PFR, Seen
 from perdure.models.clip import CLIP
 from perdure.models.held import Held
 from perdure.ops.losses import projected
-from perdure.training.fit import Accumulator, fit, optimise
+from perdure.synthesis.store import Pairs
+from perdure.training.fit import Accumulator, batches, fit, optimise
 from perdure.training.schedule import Schedule
 
 QUICK: dict[str, Any] = {"iterations": 2, "warmup": 0, "batch_size": 8, "barlow_width": 16}
@@ -228,6 +232,50 @@ def test_what_cannot_move_is_refused(clip: CLIP) -> None:
         PFR(towers="text").bind(clip)
     with pytest.raises(PerdureError, match="sides=both: the texts cannot move"):
         PFR(towers="image", sides="both").bind(clip)
+
+
+@pytest.mark.parametrize("features", ["embedding", "pooled"])
+def test_synthetic_images_may_be_what_is_asked_of(features: Any, clip: CLIP, stream: Stream) -> None:
+    """f and g of the pairs' images, g of the model that the task began with; two terms never, whatever the views."""
+    task, lam = stream.tasks[0], 0.7
+    method = PFR(
+        **QUICK, distil_on="synthetic", distil="direct", lam=lam, synthetic_batch=5, features=features, views=2
+    )
+    method.bind(clip, stream.context())
+    method.replay = Given(some_pairs(stream))  # type: ignore[assignment]
+    method.begin_task(task)
+    images = method.synthetic
+    before = method.encode(clip, images)[0].detach()
+    with torch.no_grad():
+        for name, weight in clip.backbone.named_parameters():
+            if clip.part_of(name) == "image":
+                weight.mul_(1.05)
+    order = torch.Generator().manual_seed(derive(method.context.seed, task.name, "order of the pairs"))
+    drawn = batches(len(images), 5, order)
+    for _ in range(2):
+        index = next(drawn)
+        f = method.encode(clip, images[index])[0]
+        wanted = -lam * F.cosine_similarity(f, before[index]).mean().item()
+        assert losses_of(method, task)["distil"] == pytest.approx(wanted, rel=1e-5) and wanted > -0.999 * lam
+    assert method.old is None and len(losses_of(method, task, count=1)) == 2  # of the task's batch D asks nothing
+
+
+def test_earlier_tasks_are_drawn_too_and_where_nothing_can_be_drawn_it_is_said(clip: CLIP, stream: Stream) -> None:
+    method, asked = PFR(**QUICK, distil_on="synthetic"), list[Any]()
+    method.bind(clip, stream.context())
+
+    class Noted(Given):
+        def pairs(self, task: str, learned: list[str]) -> Pairs:
+            asked.append((task, learned))
+            return super().pairs(task, learned)
+
+    method.replay = Noted(some_pairs(stream))  # type: ignore[assignment]
+    for number in (0, 2):
+        method.begin_task(replace(stream.tasks[number], index=number))
+    first, second, third = stream.tasks[:3]
+    assert asked == [(first.name, []), (third.name, [*first.prompts(), *second.prompts()])]
+    with pytest.raises(PerdureError, match="distil_on=synthetic: this stream has no generator.*Set distil_on=task"):
+        PFR(distil_on="synthetic").bind(clip, Context())
 
 
 # ---- a model in use

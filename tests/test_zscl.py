@@ -115,7 +115,7 @@ def test_wise_ft_goes_back_to_what_the_task_began_with(clip: CLIP, stream: Strea
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"reference": "synthetic"}, "no reference images.*no generator"),
+        ({"reference": "synthetic"}, "reference=synthetic.*no generator"),
         ({"reference": "no/such/folder"}, "no such folder.*synthetic, drawings, own"),
         ({"reference": ""}, "no such folder"),
         ({"reference": "drawings"}, "no drawings beside its tasks"),

@@ -19,6 +19,8 @@ As in the release: features are the tower's, before Z; each view goes through P 
 - P and Z are drawn anew for each task. The release's wrapper does not renew P, its script starts a process a task, which does.
 - Features are the image embedding before it is made unit, or what the tower pools (``features=pooled``). ``sides=both`` adds
   the same term on the texts of the task's classes, by a projector of their own.
+- ``distil_on=synthetic`` takes f and g of image-text pairs as GIFT draws them, fixed for the task, in place of its own images'
+  views: what the model knew of the world is asked of pictures of the world. The old features are made once a task.
 - Optimisers are perdure's (the release: LARS). Views for Barlow Twins: crops of 0.2 to 1 of the area, mirrored, jittered in
   brightness, contrast and saturation, grey; neither hue, blur nor solarisation.
 - A batch of one image is left out of D and Barlow Twins: batch norm can do nothing with it.
@@ -31,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Annotated, Any, Literal
 
 import torch
@@ -48,13 +51,14 @@ from perdure.methods.base import Method, Recipe, register
 from perdure.models.clip import CLIP
 from perdure.models.recompute import in_parts
 from perdure.ops.losses import barlow_twins, projected
-from perdure.training.fit import Backward
+from perdure.synthesis.replay import Replay, Synthesis, check_generator
+from perdure.training.fit import Backward, batches
 
 Seen = tuple[Tensor, Tensor]  # of a view: features (B, d), and embeddings (B, D) that are not unit
 
 
 @dataclass(frozen=True)
-class Config(Recipe):
+class Config(Synthesis, Recipe):
     lam: Annotated[float, Field(ge=0, description="λ, weight of D")] = 1.0
     distil: Annotated[
         Literal["projected", "direct", "none"],
@@ -70,6 +74,10 @@ class Config(Recipe):
     sides: Annotated[
         Literal["image", "both"], Field(description="whose features D is of: images, or the classes' texts too")
     ] = "image"
+    distil_on: Annotated[
+        Literal["task", "synthetic"], Field(description="images that D is taken on: the task's, or synthetic ones")
+    ] = "task"
+    synthetic_batch: Annotated[int, Field(ge=2, le=10**6, description="distil_on=synthetic: images a step")] = 64
     first_task: Annotated[
         Literal["distil", "own"], Field(description="the first task: with D, or L_own alone as released")
     ] = "distil"
@@ -97,26 +105,42 @@ class PFR(Method):
             raise PerdureError("sides=both: the texts cannot move with towers=image. Set sides=image, or towers=both.")
         self.beside = nn.ModuleDict()
         self.old: CLIP | None = None
+        if c.distil_on == "synthetic":
+            check_generator(c, self.context, "distil_on=synthetic", "distil_on=task")
+            self.replay = Replay(c, self.context, clip.size, clip.device.type, clip.tokens, clip.fit)
 
     def begin_task(self, task: Task) -> None:
         c, clip = self.config, self.clip
         self.by_labels = c.own == "labels" and bool(task.classes)
         if task.classes:
             super().begin_task(task)
-        distils = c.distil != "none" and c.lam > 0 and (task.index > 0 or c.first_task == "distil")
-        self.old = clip.frozen_copy() if distils else None
-        self.of_texts = distils and self.by_labels and c.sides == "both" and len(task.classes) > 1
+        self.distils = c.distil != "none" and c.lam > 0 and (task.index > 0 or c.first_task == "distil")
+        self.old = clip.frozen_copy() if self.distils and c.distil_on == "task" else None
+        self.shown = 0  # batches of synthetic images
+        if self.distils and c.distil_on == "synthetic":
+            self.replayed(task)
+        self.of_texts = self.distils and self.by_labels and c.sides == "both" and len(task.classes) > 1
         if self.of_texts:
             with torch.no_grad():
                 self.old_texts = clip.text_features(self.tokens)
         self.beside = nn.ModuleDict(self.heads()).to(clip.device)
         self.draws = torch.Generator().manual_seed(derive(self.context.seed, task.name, "views"))
 
+    @torch.no_grad()
+    def replayed(self, task: Task) -> None:
+        """Draw the synthetic images, and look at them once as the model is now: it is to be frozen, and they are fixed."""
+        before = takewhile(lambda one: one.name != task.name, self.context.tasks)
+        self.synthetic = self.replay.pairs(task.name, [text for one in before for text in one.prompts()]).images
+        some = self.synthetic.split(min(64, self.clip.evaluation_batch))
+        self.old_features = torch.cat([self.encode(self.clip, images)[0] for images in some])
+        order = torch.Generator().manual_seed(derive(self.context.seed, task.name, "order of the pairs"))
+        self.order = batches(len(self.synthetic), self.config.synthetic_batch, order)
+
     def heads(self) -> dict[str, nn.Module]:
         """What learns beside the tower while this task is learned: P, that of texts, Z."""
         c, clip, out = self.config, self.clip, dict[str, nn.Module]()
         width = clip.width if c.features == "embedding" else clip.backbone.config.vision_config.hidden_size
-        if self.old is not None and c.distil == "projected":
+        if self.distils and c.distil == "projected":
             out["projector"] = temporal_projector(width)
         if self.of_texts and c.distil == "projected":
             out["text_projector"] = temporal_projector(clip.width)
@@ -134,11 +158,12 @@ class PFR(Method):
         if self.of_texts:  # once a step, for the classification and for D
             texts = self.clip.text_features(self.tokens)
             self.frozen_texts = F.normalize(texts, dim=1)
-        alone = len(batch.labels) < 2
+        known = self.known(views, seen)
         losses = {"task": self.own_loss(seen, batch.labels)}
         with torch.autocast(self.clip.device.type, enabled=False):
-            if self.old is not None and not alone:
-                losses["distil"] = self.config.lam * self.distilled(views, seen)
+            if known:
+                head = self.head("projector")
+                losses["distil"] = self.config.lam * torch.stack([projected(f, g, head) for f, g in known]).mean()
             if self.of_texts:
                 losses["distil_text"] = self.config.lam * projected(texts, self.old_texts, self.head("text_projector"))
         backward(**losses)
@@ -146,11 +171,14 @@ class PFR(Method):
     def pack_progress(self) -> Packed:
         files, values = super().pack_progress()
         own = {"beside": dict(self.beside.named_buffers()), "views": {"draws": self.draws.get_state()}}
-        return {**files, **own}, values
+        return {**files, **own}, {**values, "shown": self.shown}
 
     def unpack_progress(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
         super().unpack_progress(files, values)
         self.draws.set_state(files["views"]["draws"])
+        self.shown = values.get("shown", 0)  # earlier versions had no synthetic images
+        for _ in range(self.shown):
+            next(self.order)
         for name, buffer in self.beside.named_buffers():
             buffer.copy_(files["beside"][name])
 
@@ -182,14 +210,19 @@ class PFR(Method):
             first, second = (self.beside["own"](features) for features, _ in seen)
             return barlow_twins(first, second, c.barlow_off_diagonal, c.barlow_scale)
 
-    def distilled(self, views: list[Tensor], seen: list[Seen]) -> Tensor:
-        """D: the mean over the views."""
-        assert self.old is not None
-        with torch.no_grad():
-            before = [self.encode(self.old, view)[0] for view in views]
-        head = self.head("projector")
-        pairs = zip(seen, before, strict=True)
-        return torch.stack([projected(features, g, head) for (features, _), g in pairs]).mean()
+    def known(self, views: list[Tensor], seen: list[Seen]) -> list[tuple[Tensor, Tensor]]:
+        """f and g of each term of D: of the views, or of a batch of the synthetic images."""
+        if self.distils and self.config.distil_on == "synthetic":
+            index = next(self.order)
+            self.shown += 1
+            terms = [(self.encode(self.clip, self.synthetic[index])[0], self.old_features[index])]
+        elif self.old is not None:
+            with torch.no_grad():
+                before = [self.encode(self.old, view)[0] for view in views]
+            terms = [(features, g) for (features, _), g in zip(seen, before, strict=True)]
+        else:
+            terms = []
+        return [(f, g) for f, g in terms if len(f) > 1]
 
     def head(self, name: str) -> nn.Module:
         """A projector that learns, or what leaves features as they are."""

@@ -38,7 +38,7 @@ from perdure.models.importance import Importance
 from perdure.models.recompute import differentiable_twice
 from perdure.ops.losses import weighted
 from perdure.ops.meta import Inner
-from perdure.synthesis.replay import Replay, Synthesis
+from perdure.synthesis.replay import Replay, Synthesis, check_generator
 from perdure.training.fit import Backward
 from perdure.training.meta import Meta, Pairs, batches_of_triples
 from perdure.training.schedule import Schedule
@@ -97,11 +97,7 @@ class TAALM(Method):
                 "or synthetic."
             )
         if c.meta_source == "synthetic":
-            if c.generator == "stream" and not (here.generator or c.pairs):
-                raise PerdureError(
-                    "meta_source=synthetic: this stream has no generator to draw pairs. Set meta_source=own, generator to a "
-                    "text-to-image model, or pairs to a folder of pairs."
-                )
+            check_generator(c, here, "meta_source=synthetic", "meta_source=own")
             self.replay = Replay(c, here, clip.size, clip.device.type, clip.tokens, clip.fit)
 
     # ---- learn

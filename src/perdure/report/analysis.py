@@ -89,7 +89,10 @@ def _analysis(entry: Entry, found: dict[str, Any]) -> Analysis:
 
 def _pairs(stages: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Margins of images and their own texts: of tasks that have captions, and of the synthetic pairs that were replayed."""
-    sets = [{**s.get("pairs", {}), **({SYNTHETIC: s["synthetic_pairs"]} if s.get("synthetic_pairs") else {})} for s in stages]
+    sets = [
+        {**s.get("pairs", {}), **({SYNTHETIC: s["synthetic_pairs"]} if s.get("synthetic_pairs") else {})}
+        for s in stages
+    ]
     names = list(sets[0])
     if not names:
         return []

@@ -19,7 +19,7 @@ from perdure.data.folders import pictures
 from perdure.data.task import Context, Task
 from perdure.models.clip import CLIP
 from perdure.synthesis.prompts import IMAGENET_TEMPLATE, vocabulary
-from perdure.synthesis.replay import Replay, Synthesis
+from perdure.synthesis.replay import Replay, Synthesis, check_generator
 
 NAMED = ("synthetic", "drawings", "own")
 WORDS = 10  # in a random sentence
@@ -59,11 +59,7 @@ class Reference:
         self.config, self.context, self.clip = config, context, clip
         self.paths: list[Path] = []
         if config.reference == "synthetic":
-            if config.generator == "stream" and not (context.generator or config.pairs):
-                raise PerdureError(
-                    "There are no reference images: this stream has no generator to draw them. Set reference to a folder of "
-                    "pictures or to own, or generator to a text-to-image model, or pairs to a folder of pairs."
-                )
+            check_generator(config, context, "reference=synthetic", "reference to a folder of pictures or to own")
             self.replay = Replay(config, context, clip.size, clip.device.type, clip.tokens)
         elif config.reference == "drawings" and context.drawings is None:
             raise PerdureError(

@@ -54,6 +54,15 @@ class Synthesis:
     pairs: Annotated[str, Folder, Field(description="folder of the pairs; empty: 'pairs' in the run's folder")] = ""
 
 
+def check_generator(config: Synthesis, context: Context, asked: str, instead: str) -> None:
+    """Refuse synthetic images, which ``asked`` asks for, where there is nothing to draw them and none are given."""
+    if config.generator == "stream" and not (context.generator or config.pairs):
+        raise PerdureError(
+            f"{asked}: this stream has no generator to draw images. Set {instead}, generator to a text-to-image model, or "
+            "pairs to a folder of pairs."
+        )
+
+
 class Replay:
     """Draws, keeps and reads a run's pairs; bound to its seed, folder and stream.
 
