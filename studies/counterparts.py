@@ -1,6 +1,6 @@
-"""Each regulariser against its plain counterpart on the small world: TD-VCL, TAALM, PFR and VCReg.
+"""Each regulariser against its plain counterpart on the small world: TD-VCL, TAALM, PFR, VCReg, and the pull on pairs.
 
-    python studies/counterparts.py [td_vcl] [taalm] [pfr] [vcreg] [--seeds 3] [--jobs 2] [--out runs/counterparts]
+    python studies/counterparts.py [td_vcl taalm pfr vcreg finetune] [--seeds 3] [--jobs 2] [--out runs/counterparts]
 
 The first four tasks of ``mini-mtil``, 200 images a side, 40 steps of 32 a task, fp32. Rows are settings of one method, the
 first its counterpart; all else is alike, the seed too. In per cent: mean ± standard deviation over the seeds, and under
@@ -29,8 +29,9 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"n": 4, "lam": 0.5, "beta": 1e-3},
     ],
     "taalm": [{"importance": "uniform"}, {"importance": "learned"}, {"importance": "shuffled"}],
-    "pfr": [{"distil": "none"}, {"distil": "direct"}, {"distil": "projected"}],
+    "pfr": [{"distil": "none"}, {"distil": "direct"}, {"distil": "projected"}, {"distil_on": "synthetic"}],
     "vcreg": [{"vcreg": "none"}, {}, {"vcreg_var": 1, "vcreg_cov": 0.05}],
+    "finetune": [{"positive_pull": 0}, {"positive_pull": 0.1}],
 }
 FIGURES = ("transfer", "average", "last", "forgetting")
 GAINS = ("average", "last", "probe")
@@ -59,7 +60,7 @@ def row(values: dict[str, Any], found: Sequence[dict[str, float]], plain: Sequen
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "methods", nargs="*", default=list(SETTINGS), help="td_vcl, taalm, pfr, vcreg; all, if none is named"
+        "methods", nargs="*", default=list(SETTINGS), help=f"{', '.join(SETTINGS)}; all, if none is named"
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of a thread each")
