@@ -115,6 +115,9 @@ class Given:
     def pairs(self, task: str, learned: list[str]) -> Pairs:
         return self.given
 
+    def of(self, prompts: list[str], count: int, name: str) -> Pairs:
+        return Pairs(self.given.images[:count], [prompts[k % len(prompts)] for k in range(count)])
+
 
 def measure(kind: str, batch: int, classes: int, steps: int) -> dict[str, Any]:
     """One kind alone: the median of the steps' seconds after a first one, the peak of memory, the losses."""

@@ -22,7 +22,7 @@ from perdure.cli import app
 from perdure.cli.analysing import courses
 from perdure.cli.results import read_metrics
 from perdure.core.errors import PerdureError
-from perdure.data.rehearsed import rehearsed
+from perdure.data.rehearsed import recalled, rehearsed
 from perdure.data.task import Batch, Stream, Task
 from perdure.engine.analyse import asked, margins, of_pairs
 from perdure.engine.evaluate import Protocol
@@ -77,11 +77,12 @@ def test_images_without_captions_are_refused_before_the_work(tmp_path: Path, cli
 def test_images_that_are_learned_again_bring_their_captions(stream: Stream) -> None:
     few = with_captions(stream.shortened(2, 12))
     first, second = few.tasks
-    whole, _ = rehearsed(second, few.context(), {first.name: [3, 1]})
+    again = recalled(few.context(), {first.name: [3, 1]})
+    whole, _ = rehearsed(second, few.context(), again)
     new, old = second.train.captions, first.train.captions
     assert new and old and whole.train.captions == (*new, old[3], old[1])
     bare = replace(second, train=replace(second.train, captions=None))
-    assert rehearsed(bare, few.context(), {first.name: [3, 1]})[0].train.captions is None
+    assert rehearsed(bare, few.context(), again)[0].train.captions is None
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("codyra", {"dense": 0.0, "kappa": 0.5, "kappa_steps": 2}),
     ("orth_sr", {"cutout": "random", "rotation_block": 32, "rotation_layers": ("v_proj",)}),
     ("pfr", {"distil_on": "synthetic"}),
+    ("td_vcl", {"n": 2, "buffer": 8, "buffer_of": "synthetic"}),
     (str(OWN / "prompt.py"), {}),
     (str(OWN / "adapter.py"), {}),
 ]

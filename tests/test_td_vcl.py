@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from perdure.methods.base import Method, Recipe
 from perdure.methods.td_vcl import TDVCL
 from perdure.models.clip import CLIP
 from perdure.ops import variational
+from perdure.synthesis.store import collect
 
 FEW: dict[str, Any] = {
     "iterations": 2,
@@ -165,6 +167,35 @@ def test_kept_images_are_learned_with_the_weights_of_their_age(labels: str, clip
     expected = torch.tensor(variational.returns(3, 0.4))[method.aged]
     torch.testing.assert_close(method.weighed, expected)
     assert sorted(method.aged.unique().tolist()) == [0, 1, 2]
+
+
+def test_synthetic_images_may_stand_for_kept_ones(clip: CLIP, stream: Stream, tmp_path: Path) -> None:
+    """Of each old task as many as the buffer holds, of its own classes alone, with the weights of their age."""
+    values = {**FEW, "iterations": 1, "batch_size": 60, "buffer_of": "synthetic", "pairs": str(tmp_path)}
+    for task in stream.tasks[:2]:
+        collect(tmp_path, task.train.pixels[:], [task.prompts()[k] for k in task.train.labels.tolist()], "drawings")
+    method = taught(Watched(n=3, lam=0.4, buffer=5, **values), clip, stream.tasks)
+    assert isinstance(method, Watched)
+    whole, owner = method.trained_on, method.ages_seen[method.trained_on.train.labels]
+    assert owner.tolist() == [0] * 48 + [1] * 5 + [2] * 5
+    pictures = whole.train.pixels[48:58]
+    for image, label in zip(pictures, whole.train.labels[48:].tolist(), strict=True):
+        age = int(method.ages_seen[label])
+        old = stream.tasks[2 - age]
+        (found,) = [k for k in range(len(old.train)) if torch.equal(old.train.pixels[k], image)]
+        assert whole.classes[label].prompts() == old.classes[int(old.train.labels[found])].prompts()
+    assert len(torch.unique(pictures.flatten(1), dim=0)) == 10  # chosen without replacement
+    torch.testing.assert_close(method.weighed, torch.tensor(variational.returns(3, 0.4))[method.aged])
+
+
+def test_synthetic_images_that_cannot_be_had_are_refused(clip: CLIP, stream: Stream, tmp_path: Path) -> None:
+    with pytest.raises(PerdureError, match="buffer_of=synthetic: this stream has no generator.*Set buffer_of=images"):
+        TDVCL(buffer=5, buffer_of="synthetic", **FEW).bind(clip, Context())
+    with pytest.raises(PerdureError, match="buffer=0 asks for no images"):
+        TDVCL(buffer_of="synthetic", **FEW).bind(clip, stream.context())
+    collect(tmp_path, stream.tasks[1].train.pixels[:2], ["a cloud", "a boat at sea"], "drawings")
+    with pytest.raises(PerdureError, match="have none of the texts that are wanted, as"):
+        taught(TDVCL(buffer=5, buffer_of="synthetic", pairs=str(tmp_path), **FEW), clip, stream.tasks[:2])
 
 
 def test_images_that_are_not_at_hand_are_refused(clip: CLIP, stream: Stream) -> None:

@@ -10,7 +10,8 @@ small networks and says nothing of CLIP. Here θ are the factors of low-rank ada
 entry; all else is frozen. A KL over factors is no KL over their product, and the same product has many factors.
 
 m counts the posteriors there are: the last n, the one before the first task (its prior) among them. Old likelihoods need
-images: ``buffer`` of each task, whose numbers are kept; with none, the default, those terms are dropped, the KL is left.
+images: ``buffer`` of each task, whose numbers are kept, or synthetic ones as GIFT draws them (``buffer_of=synthetic``); with
+none, the default, those terms are dropped, the KL is left.
 
 As in the release: KL/B, whatever the number of images; a log σ² that learns at the means' rate. Otherwise, unless asked for:
 - ``memory=release``: shifting its n slots it forgets to move the newest, so the second newest keeps the random values that it
@@ -33,18 +34,19 @@ from torch import Tensor, nn
 from perdure.core.errors import PerdureError
 from perdure.core.packing import Frozen
 from perdure.core.seeding import derive
-from perdure.data.rehearsed import rehearsed
-from perdure.data.task import Batch, Context, Query, Task
-from perdure.methods.base import Expert, Method, Recipe, State, register
+from perdure.data.rehearsed import earlier, recalled, rehearsed
+from perdure.data.task import Batch, Context, Images, Task
+from perdure.methods.base import Recipe, State, register
+from perdure.methods.drawn_answers import DrawnAnswers
 from perdure.models.clip import CLIP
 from perdure.models.drawn import Drawn, factors
-from perdure.models.lora import multiplied
 from perdure.ops import variational
+from perdure.synthesis.replay import Drawing, Replay, check_generator
 from perdure.training.fit import Backward
 
 
 @dataclass(frozen=True)
-class Config(Recipe):
+class Config(Drawing, Recipe):
     adapt: Annotated[Literal["lora"], Field(description="low-rank adapters alone are variational")] = "lora"
     lr: Annotated[float, Field(ge=0, description="peak learning rate, of μ and log σ²")] = 1e-3
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of the likelihood")] = 0.0
@@ -55,6 +57,9 @@ class Config(Recipe):
     buffer: Annotated[
         int, Field(ge=0, le=10**7, description="images kept of each of the last n - 1 tasks; 0: no old likelihoods")
     ] = 0
+    buffer_of: Annotated[
+        Literal["images", "synthetic"], Field(description="the buffer: kept images, or as many drawn of those classes")
+    ] = "images"
     samples: Annotated[
         int, Field(ge=0, le=10**4, description="draws whose mean probabilities answer; 0: the means answer")
     ] = 0
@@ -80,7 +85,7 @@ class Posteriors(State):
 
 
 @register("td_vcl", paper="arXiv:2410.07812")
-class TDVCL(Method):
+class TDVCL(DrawnAnswers):
     """Adapters with a Gaussian posterior, kept near several past ones, weighted as the returns of TD(λ)."""
 
     Config = Config
@@ -99,8 +104,13 @@ class TDVCL(Method):
         self.logvar = nn.Parameter(torch.full_like(self.drawn.means().detach(), c.initial_logvar))
         self.slot: dict[str, nn.Parameter] = {}  # of the release's memory: what is trained of it
         self.mixed: tuple[Task | None, Tensor, list[int]] = (None, self.drawn.means().new_zeros(0).long(), [])
-        self.speakers: tuple[Mapping[str, Tensor] | None, list[Expert]] = (None, [])
-        self.doubt = {"answers": 0.0, "entropy": 0.0, "entropy of draws": 0.0}
+        if c.buffer_of == "synthetic":
+            if not c.buffer:
+                raise PerdureError(
+                    "buffer_of=synthetic: buffer=0 asks for no images. Set buffer to how many of each task."
+                )
+            check_generator(c, self.context, "buffer_of=synthetic", "buffer_of=images")
+            self.replay = Replay(c, self.context, clip.size, clip.device.type, clip.tokens, clip.fit)
 
     def unpack_state(self, files: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
         if values.get("shapes"):
@@ -109,18 +119,26 @@ class TDVCL(Method):
 
     # ---- learn
 
-    def trains_on(self, task: Task) -> bool:
-        self.doubt = dict.fromkeys(self.doubt, 0.0)  # of the task before
-        return super().trains_on(task)
-
     def material(self, task: Task) -> Task:
-        """The task, with the kept images of those before it."""
+        """The task, with images of those before it: kept ones, or synthetic ones in their place."""
         names = list(self.state.buffer)[::-1][: self.config.n - 1]
-        whole, ages = rehearsed(task, self.context, {name: self.state.buffer[name] for name in names})
+        drawn = self.config.buffer_of == "synthetic"
+        kept = {name: self.state.buffer[name] for name in names}
+        whole, ages = rehearsed(task, self.context, self.imagined(names) if drawn else recalled(self.context, kept))
         draw = torch.Generator().manual_seed(derive(self.context.seed, task.name, "buffer of TD-VCL"))
         picks = torch.randperm(len(task.train), generator=draw)[: self.config.buffer]
         self.mixed = whole, ages.to(self.clip.device), picks.sort().values.tolist()
         return whole
+
+    def imagined(self, names: Sequence[str]) -> dict[str, Images]:
+        """``buffer`` synthetic images of each task's classes."""
+        out = {}
+        for name, task in earlier(self.context, names).items():
+            prompts = task.prompts()
+            pairs = self.replay.of(prompts, self.config.buffer, f"{name}, again")
+            labels = torch.tensor([prompts.index(prompt) for prompt in pairs.prompts])
+            out[name] = Images(pairs.images, labels, tuple(pairs.prompts))
+        return out
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
@@ -198,54 +216,3 @@ class TDVCL(Method):
         else:
             slots = variational.shifted(list(past.values()) or self.random_slots(), posterior, n, release=True)
             self.state.past = {f"slot {k}": slot for k, slot in enumerate(slots)}
-
-    def newest(self) -> Mapping[str, Tensor]:
-        """The posterior after the last task."""
-        return list(self.state.past.values())[-1]
-
-    # ---- answer
-
-    @property
-    def draws_answer(self) -> bool:
-        """Whether several draws answer, not the means."""
-        return self.config.samples > 0 and bool(self.state.past)
-
-    def experts(self, query: Query) -> Sequence[Expert]:
-        if not self.draws_answer:
-            return super().experts(query)
-        newest, (spoken, out), count = self.newest(), self.speakers, self.config.samples
-        if newest is not spoken:
-            draws, out = torch.Generator().manual_seed(derive(self.context.seed, "answers of TD-VCL")), []
-            for k in range(count):
-                noise = torch.randn(len(self.logvar), generator=draws).to(self.logvar.device)
-                found = self.drawn.apart(newest["mean"] + (newest["logvar"] / 2).exp() * noise)
-                weights = multiplied(self.clip.backbone, self.clip.pretrained, found)
-                out.append(Expert(f"draw {k} after {self.state.learned}", weights, 1 / count))
-            self.speakers = newest, out
-        return out
-
-    def logits(self, query: Query) -> Tensor:
-        """(N, C) logits; where draws answer, one draw's probabilities."""
-        logits = super().logits(query)
-        if not self.draws_answer:
-            return logits
-        self.doubt["entropy of draws"] += variational.entropies(logits.softmax(1)).sum().item() / self.config.samples
-        return logits.softmax(1)
-
-    def finalize(self, query: Query, logits: Tensor) -> Tensor:
-        """Logits as they are; where draws answer, the logarithm of their mean probabilities."""
-        if not self.draws_answer:
-            return logits
-        self.doubt["entropy"] += variational.entropies(logits).sum().item()
-        self.doubt["answers"] += len(logits)
-        return logits.clamp_min(torch.finfo(logits.dtype).tiny).log()
-
-    def finalizes(self) -> bool:
-        return False  # no features are looked at; an export answers by the means
-
-    def remarks(self) -> dict[str, float]:
-        """The mean entropy of the answers in nats, and what of it comes from the draws' disagreement: where draws answer."""
-        if not (count := self.doubt["answers"]):
-            return {}
-        whole, within = self.doubt["entropy"] / count, self.doubt["entropy of draws"] / count
-        return {"entropy of an answer": whole, "of it, between draws": whole - within}

@@ -34,19 +34,13 @@ Folder = AfterValidator(lambda path: str(expanded(path).resolve()) if path else 
 
 
 @dataclass(frozen=True)
-class Synthesis:
-    """What is drawn, with what, and where it is kept. The defaults are GIFT's: Stable Diffusion v1.5, 50 steps."""
+class Drawing:
+    """With what is drawn, and where it is kept. The defaults are GIFT's: Stable Diffusion v1.5, 50 steps."""
 
-    synthetic: Annotated[int, Field(ge=1, le=10**7, description="synthetic image-text pairs a task")] = 1000
     generator: Annotated[
         str,
         Local,
         Field(description="text-to-image model: folder or Hub id that diffusers loads; stream: the stream's own"),
-    ] = "stream"
-    vocabulary: Annotated[
-        str,
-        Local,
-        Field(description="prompts beside those of learned tasks: stream | imagenet | a text file, a prompt a line"),
     ] = "stream"
     sampling_steps: Annotated[int, Field(ge=1, le=1000, description="denoising steps; below 50: DPM-Solver++")] = 50
     guidance: Annotated[float, Field(ge=0, description="classifier-free guidance scale")] = 7.5
@@ -54,7 +48,19 @@ class Synthesis:
     pairs: Annotated[str, Folder, Field(description="folder of the pairs; empty: 'pairs' in the run's folder")] = ""
 
 
-def check_generator(config: Synthesis, context: Context, asked: str, instead: str) -> None:
+@dataclass(frozen=True)
+class Synthesis(Drawing):
+    """What is drawn for a task: so many pairs of what was learned and of the world beside."""
+
+    synthetic: Annotated[int, Field(ge=1, le=10**7, description="synthetic image-text pairs a task")] = 1000
+    vocabulary: Annotated[
+        str,
+        Local,
+        Field(description="prompts beside those of learned tasks: stream | imagenet | a text file, a prompt a line"),
+    ] = "stream"
+
+
+def check_generator(config: Drawing, context: Context, asked: str, instead: str) -> None:
     """Refuse synthetic images, which ``asked`` asks for, where there is nothing to draw them and none are given."""
     if config.generator == "stream" and not (context.generator or config.pairs):
         raise PerdureError(
@@ -71,7 +77,7 @@ class Replay:
     """
 
     def __init__(
-        self, config: Synthesis, context: Context, size: int, device: str,
+        self, config: Drawing, context: Context, size: int, device: str,
         read: Callable[[Sequence[str]], object] = silent, fit: Fit = CENTRE,
     ):  # fmt: skip
         self.config, self.context, self.size, self.fit = config, context, size, fit
@@ -84,8 +90,8 @@ class Replay:
         path = context.generator if config.generator == "stream" else config.generator
         c = config
         self.generator = Generator(path, c.sampling_steps, c.guidance, c.sampling_batch, device)
-        self.vocabulary = vocabulary(c.vocabulary, context.vocabulary)
-        read(self.vocabulary)
+        self.vocabulary = vocabulary(c.vocabulary, context.vocabulary) if isinstance(c, Synthesis) else []
+        read(self.vocabulary or [""])
         if self.folder is not None:
             self.store()  # refuses a folder that was made for something else before anything is trained
 
@@ -98,31 +104,51 @@ class Replay:
 
     def made_for(self) -> dict[str, object]:
         """What must agree for a kept image to be the one that is wanted."""
-        c = self.config
-        template = f"{self.vocabulary[0]} … ({len(self.vocabulary)} prompts, {seal(self.vocabulary)})"
+        c, beside = self.config, dict[str, object]()
+        if self.vocabulary:
+            beside["vocabulary"] = f"{self.vocabulary[0]} … ({len(self.vocabulary)} prompts, {seal(self.vocabulary)})"
         return {
-            "stream": self.context.stream, "vocabulary": template, "generator": self.generator.identity,
+            "stream": self.context.stream, **beside, "generator": self.generator.identity,
             "sampling_steps": c.sampling_steps, "guidance": c.guidance,
         }  # fmt: skip
 
     def pairs(self, task: str, learned: Sequence[str]) -> Pairs:
         """The pairs for learning ``task``; ``learned``: the prompts of the tasks before it."""
         store = self.store()
-        if self.collected:
-            return store.read(self.some(store, task), self.size, self.fit)
-        wanted = self.wanted(task, learned)
-        self.draw(store, wanted)
-        return store.read(wanted, self.size, self.fit)
+        return self.read(store, self.some([*store.entries], task) if self.collected else self.wanted(task, learned))
+
+    def of(self, prompts: Sequence[str], count: int, name: str) -> Pairs:
+        """``count`` pairs of these prompts alone; ``name`` is what they are drawn for."""
+        store, there = self.store(), set(prompts)
+        if not self.collected:
+            return self.read(store, requests(prompts, count, self.context.seed, name))
+        own = [request for request in store.entries if request.prompt in there]
+        if not own:
+            raise PerdureError(
+                f"The pairs in {store.folder} have none of the texts that are wanted, as '{prompts[0]}'. Give others, or "
+                "leave pairs empty and name a generator."
+            )
+        return self.read(store, self.some(own, name, count))
 
     def wanted(self, task: str, learned: Sequence[str]) -> list[Request]:
         """What is to be drawn for learning ``task``."""
-        return requests([*self.vocabulary, *learned], self.config.synthetic, self.context.seed, task)
+        return requests([*self.vocabulary, *learned], self.count, self.context.seed, task)
 
-    def some(self, store: Store, task: str) -> list[Request]:
+    @property
+    def count(self) -> int:
+        """How many pairs a task has."""
+        return self.config.synthetic if isinstance(self.config, Synthesis) else 0
+
+    def some(self, collected: Sequence[Request], task: str, count: int | None = None) -> list[Request]:
         """As many of the collected pairs as are asked for, chosen without replacement."""
         rng = np.random.default_rng(derive(self.context.seed, task, "collected"))
-        all_of_them = list(store.entries)
-        return [all_of_them[k] for k in rng.permutation(len(all_of_them))[: self.config.synthetic]]
+        return [collected[k] for k in rng.permutation(len(collected))[: self.count if count is None else count]]
+
+    def read(self, store: Store, wanted: Sequence[Request]) -> Pairs:
+        """Pairs of the store, drawn before where it lacks them."""
+        if not self.collected:
+            self.draw(store, wanted)
+        return store.read(wanted, self.size, self.fit)
 
     def draw(self, store: Store, wanted: Sequence[Request]) -> int:
         """Draw what the store lacks or what is damaged; return how many images that was."""
