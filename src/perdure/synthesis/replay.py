@@ -115,7 +115,8 @@ class Replay:
     def pairs(self, task: str, learned: Sequence[str]) -> Pairs:
         """The pairs for learning ``task``; ``learned``: the prompts of the tasks before it."""
         store = self.store()
-        return self.read(store, self.some([*store.entries], task) if self.collected else self.wanted(task, learned))
+        wanted = self.some([*store.entries], task, self.count) if self.collected else self.wanted(task, learned)
+        return self.read(store, wanted)
 
     def of(self, prompts: Sequence[str], count: int, name: str) -> Pairs:
         """``count`` pairs of these prompts alone; ``name`` is what they are drawn for."""
@@ -139,10 +140,10 @@ class Replay:
         """How many pairs a task has."""
         return self.config.synthetic if isinstance(self.config, Synthesis) else 0
 
-    def some(self, collected: Sequence[Request], task: str, count: int | None = None) -> list[Request]:
-        """As many of the collected pairs as are asked for, chosen without replacement."""
+    def some(self, collected: Sequence[Request], task: str, count: int) -> list[Request]:
+        """``count`` of the collected pairs, or all there are, chosen without replacement."""
         rng = np.random.default_rng(derive(self.context.seed, task, "collected"))
-        return [collected[k] for k in rng.permutation(len(collected))[: self.count if count is None else count]]
+        return [collected[k] for k in rng.permutation(len(collected))[:count]]
 
     def read(self, store: Store, wanted: Sequence[Request]) -> Pairs:
         """Pairs of the store, drawn before where it lacks them."""
