@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
@@ -105,6 +105,7 @@ WORDS = st.one_of(
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(WORDS, max_size=5))
+@example(["model=\0"])
 def test_no_malformed_configuration_escapes(words: list[str]) -> None:
     """Any words after ``perdure run`` either resolve or end in one message and exit code 2."""
     try:

@@ -37,7 +37,7 @@ from perdure.core.seeding import derive
 from perdure.data.rehearsed import earlier, recalled, rehearsed
 from perdure.data.task import Batch, Context, Images, Task
 from perdure.methods.base import Recipe, State, register
-from perdure.methods.drawn_answers import DrawnAnswers
+from perdure.methods.base_drawn import DrawnAnswers
 from perdure.models.clip import CLIP
 from perdure.models.drawn import Drawn, factors
 from perdure.ops import variational
