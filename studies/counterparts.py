@@ -14,11 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import command, do, read, spread
+from runs import command, do, read, short, spread
 
-SHORT: dict[str, Any] = {
-    "tasks": 4, "images": 200, "iterations": 40, "warmup": 4, "batch_size": 32, "precision": "fp32", "threads": 1
-}  # fmt: skip
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "td_vcl": [
         {"beta": 0},  # draws, and nothing held
@@ -70,7 +67,10 @@ def main() -> None:
     for method in asked.methods:
         places = [[asked.out / f"{method}, {named(values)}, {seed}" for seed in seeds] for values in SETTINGS[method]]
         jobs = zip(SETTINGS[method], places, strict=True)
-        do([command(p, method, "mini-mtil", s, {**SHORT, **v}) for v, ps in jobs for s, p in enumerate(ps)], asked.jobs)
+        do(
+            [command(p, method, "mini-mtil", s, {**short(method), **v}) for v, ps in jobs for s, p in enumerate(ps)],
+            asked.jobs,
+        )
         found = [[figures(place) for place in each] for each in places]
         gains = " | ".join(f"gain, {name}" for name in GAINS)
         print(f"\n| `{method}` | {' | '.join(FIGURES)} | probe, after | {gains} |\n|{'---|' * 9}", flush=True)

@@ -14,6 +14,17 @@ import numpy as np
 
 from perdure import launch
 
+# The short protocol, of tables with many rows: four tasks, 200 images a side, 40 steps of 32 images a task, fp32.
+SHORT: dict[str, Any] = {"tasks": 4, "images": 200, "precision": "fp32", "threads": 1}
+STEPS = {"iterations": 40, "warmup": 4, "batch_size": 32}
+
+
+def short(method: str) -> dict[str, Any]:
+    """The short protocol's settings for a method. One that counts epochs, or none, keeps its own, over fewer images."""
+    options = launch.configure(method, "mini-mtil", 0, {}, {})[0]["options"]
+    by_steps = options.get("iterations") and not options.get("epochs")
+    return {**SHORT, **{key: value for key, value in STEPS.items() if by_steps and options.get(key)}}
+
 
 def command(folder: Path, method: str, stream: str, seed: int, values: Mapping[str, Any]) -> list[str]:
     """The command of one run, or of going on with it; nothing where it is finished."""

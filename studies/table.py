@@ -3,8 +3,8 @@
     python studies/table.py [rates] [runs] [page] [--seeds 3] [--jobs 2] [--methods ridge gift …] [--columns "order I" …]
 
 ``rates``  chooses each method's learning rate: a third, once and three times the small world's default, on training images that
-           are held out of the first three tasks of order I (``held_out.py``), seed 0; the best Average wins. The same for all.
-``runs``   makes what is missing of the table, seed by seed, the quickest columns first.
+           are held out of the first three tasks of order I (``held_out.py``), seed 0, at full length; the best Average wins.
+``runs``   makes what is missing of the table under the short protocol (``runs.short``), seed by seed.
 ``page``   writes the table into docs/table.md, of what is there.
 
 What is measured stands in docs/table/*.jsonl as soon as it is done, a line a run: broken off, it goes on where it was, in any
@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from runs import command, do, read, spread
+from runs import command, do, read, short, spread
 
 from perdure import launch
 
@@ -31,7 +31,7 @@ HELD_OUT = Path(__file__).with_name("held_out.py")
 BEGIN, END = "<!-- made by studies/table.py: begin -->", "<!-- end -->"
 PARTS = ("rates", "runs", "page")
 FACTORS = (1 / 3, 1.0, 3.0)
-HOW = {"precision": "bf16"}  # of training; answers, and all that is solved, are fp32
+TUNING = {"precision": "bf16", "threads": 1}  # of the rates
 HIDDEN, KNOWN = "order I, task hidden", "order I"
 # column → stream and settings
 COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -125,7 +125,7 @@ def rates(asked: argparse.Namespace) -> None:
     def one(job: tuple[str, float, float]) -> None:
         method, factor, lr = job
         folder = asked.runs / f"rate {factor:.2f} of {method}"
-        metrics = ran(folder, method, str(HELD_OUT), 0, {**HOW, "lr": lr, "threads": asked.threads})
+        metrics = ran(folder, method, str(HELD_OUT), 0, {**TUNING, "lr": lr})
         note(path, {"method": method, "factor": factor, "lr": lr, "average": metrics["average"]})
 
     each(one, jobs, asked.jobs)
@@ -161,7 +161,7 @@ def runs(asked: argparse.Namespace) -> None:
             print(f"left for later: {method}, whose rate is not chosen yet (rates)")
             return
         folder = asked.runs / f"{method}, {column}, {seed}"
-        metrics = ran(folder, method, stream, seed, {**HOW, **values, **own, "threads": asked.threads})
+        metrics = ran(folder, method, stream, seed, {**short(method), **values, **own})
         note(path, {"method": method, "column": column, "seed": seed, **own, **figures(metrics)})
 
     each(one, jobs, asked.jobs)
@@ -225,8 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to do; all, if none is named")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of a run")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of a thread each")
     parser.add_argument("--methods", nargs="+", default=[])
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
     parser.add_argument("--runs", type=Path, default=Path("runs/table"), help="where runs lie while they are made")

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import perdure
 from perdure import launch
-from perdure.core import meeting, processes
+from perdure.core import meeting, processes, stopping
 from perdure.core.errors import PerdureError
 from perdure.core.processes import Membership
 from perdure.data.files import Files, Joined
@@ -335,6 +335,56 @@ def test_what_waits_for_a_process_that_is_gone_says_what_is_left(together: Calla
     with pytest.raises(KeyboardInterrupt):
         together(2).run(work)
     assert "One of the processes of this run has ended" in said[0] and "perdure resume RUN, with any number" in said[0]
+
+
+@pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.parametrize("images", [4, 7, 9])  # shares that are even, end alike, or have another batch
+def test_where_one_is_told_to_stop_all_do_between_two_batches_of_an_evaluation(
+    told: int, images: int, together: Callable[[int], Together], clip: CLIP
+) -> None:
+    pixels = torch.zeros(images, 3, clip.size, clip.size, dtype=torch.uint8)
+    clip.evaluation_batch = 2 if images > 4 else 1
+
+    def work(rank: int) -> tuple[int, bool]:
+        own, looked = copy.copy(clip), []
+
+        def seen(batch: Tensor, hidden: bool = False) -> Any:
+            looked.append(len(batch))
+            if rank == told and len(looked) == (2 if images > 7 else 1):
+                stopping.EAR.heard = signal.SIGTERM
+            return clip.seen(batch, hidden)
+
+        own.seen = seen  # type: ignore[method-assign]
+        try:
+            with stopping.together():
+                own.features(pixels)
+        except stopping.Stopped as stop:
+            return len(looked), stop.together and stop.number == signal.SIGTERM
+        finally:
+            stopping.EAR.forget()
+        return len(looked), False
+
+    assert together(2).run(work) == [(2 if images > 7 else 1, True)] * 2
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_texts_are_no_place_to_stop_in_the_midst_of_a_step(
+    busy: bool, together: Callable[[int], Together], clip: CLIP
+) -> None:
+    def work(rank: int) -> bool:
+        own = copy.copy(clip)
+        own._texts = {}
+        with contextlib.suppress(stopping.Stopped), stopping.together():
+            stopping.EAR.heard = signal.SIGTERM if rank else 0
+            try:
+                with stopping.held() if busy else contextlib.nullcontext():
+                    own.class_texts([["a drawing of a cat"], ["a drawing of a dog"]])
+                return True
+            finally:
+                stopping.EAR.forget()
+        return False
+
+    assert together(2).run(work) == [busy] * 2
 
 
 def test_the_first_that_fails_says_it_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from perdure.core import processes
 
+T = TypeVar("T")
 GRACE = 5.0  # seconds that a step has to come to its end
 
 
@@ -27,8 +28,8 @@ class Stopped(KeyboardInterrupt):
         return 128 + self.number
 
 
-class Ear:
-    """What was heard, and whether it can wait."""
+class Ear(threading.local):
+    """What was heard, and whether it can wait. Of the main thread, which alone hears."""
 
     def __init__(self) -> None:
         self.forget()
@@ -99,9 +100,21 @@ def together() -> contextlib.AbstractContextManager[None]:
 
 
 def stop_together() -> None:
-    """Stop here, where any of several processes was told to."""
-    if processes.count() > 1 and (number := agreed()):
+    """Stop here, where any of several processes was told to. All come by here, but in a step or a save none stops."""
+    if processes.sharing() and EAR.depth <= 1 and (number := agreed()):
         raise Stopped(number, together=True)
+
+
+def in_turn(parts: Iterable[T], most: int = 0) -> Iterator[T]:
+    """``parts`` of this process's share of a work, one after another; before each, all processes may ``stop_together``.
+    ``most``: how many parts the largest share has, where they differ."""
+    number = 0
+    for part in parts:
+        stop_together()
+        number += 1
+        yield part
+    for _ in range(number, most):
+        stop_together()
 
 
 @contextlib.contextmanager

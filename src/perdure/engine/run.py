@@ -57,8 +57,8 @@ def run(method: Method, stream: Stream, config: dict[str, Any], folder: Path, wa
         if processes.main():
             forget(folder, [saved.folder.name for saved in done])
         loop = Loop(method, stream, config, settings, folder, watcher, done)
-        loop.begin(clip, done)
         with stopping.together():
+            loop.begin(clip, done)
             while loop.next_task():
                 pass
         metrics = loop.metrics()

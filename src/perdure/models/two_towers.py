@@ -15,6 +15,7 @@ from perdure.core import processes
 from perdure.core.errors import PerdureError
 from perdure.core.features import Features
 from perdure.core.pixels import Fit, as_floats, resized
+from perdure.core.stopping import in_turn
 from perdure.models.held import Held
 from perdure.models.loading import Preprocessing
 from perdure.models.logits import Logits
@@ -122,7 +123,8 @@ class TwoTowers(Logits, Held):
             return Features(F.normalize(raw, dim=-1), pooled, patches, raw.norm(dim=-1, keepdim=True))
 
         def all_seen() -> Features:
-            found = Features.cat([features(images) for images in stretch(pixels).split(self.evaluation_batch)])
+            size, most = self.evaluation_batch, processes.largest(len(pixels))
+            found = Features.cat(list(map(features, in_turn(stretch(pixels).split(size), -(-most // size)))))
             return found.mapped(lambda tensor: processes.gathered(tensor, len(pixels)))
 
         with torch.no_grad():
@@ -188,7 +190,7 @@ class TwoTowers(Logits, Held):
 
         def encoded() -> Tensor:
             flat = [p for ps in prompts for p in ps]  # a text is shorter than an image: twice as many at a time
-            rows = torch.cat([self.encode_text(part) for part in chunks(flat, 2 * self.evaluation_batch)])
+            rows = torch.cat([self.encode_text(part) for part in in_turn(chunks(flat, 2 * self.evaluation_batch))])
             means = torch.stack([e.mean(0) for e in rows.split([len(ps) for ps in prompts])])
             return F.normalize(means, dim=-1)
 

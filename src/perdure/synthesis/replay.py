@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, Field
 
-from perdure.core import processes
+from perdure.core import processes, stopping
 from perdure.core.errors import PerdureError
 from perdure.core.paths import expanded
 from perdure.core.pixels import CENTRE, Fit
@@ -181,6 +181,7 @@ class Replay:
         """Draw ``todo`` into the store, a batch a process at a time."""
         size, done = self.generator.batch_size * processes.count(), total - len(todo)
         for first in range(0, len(todo), size):
+            stopping.stop_together()
             asked = todo[first : first + size]
             own = torch.stack([image for _, image in self.generator.draw(asked[processes.worked(len(asked))])])
             images = processes.gathered(own, len(asked))
