@@ -14,16 +14,19 @@ clone. Without a word, all three are done.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from runs import command, do, read, short, spread
+from runs import short, spread
 
+import perdure
 from perdure import launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,28 +82,42 @@ def note(path: Path, line: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def ran(folder: Path, method: str, stream: str, seed: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of a run, which is done if it was not, and its last task's record. The run is deleted."""
-    do([command(folder, method, stream, seed, values)], 1)
-    metrics = read(folder)
-    last = max(folder.glob("task_*/state.json"))
+class Job(NamedTuple):
+    """A run to be made, and what its line says of it beside its figures."""
+
+    folder: Path
+    method: str
+    stream: str
+    seed: int
+    values: dict[str, Any]
+    about: dict[str, Any]
+
+
+def ran(job: Job) -> dict[str, Any]:
+    """The metrics of a run, which is done if it was not, and the sizes of what it keeps. The run is deleted."""
+    if (job.folder / "config.json").exists():
+        metrics = perdure.resume(job.folder)
+    else:
+        metrics = perdure.run(job.method, job.stream, job.folder, seed=job.seed, **job.values)
+    last = max(job.folder.glob("task_*/state.json"))
     metrics["files"] = {key: about["bytes"] for key, about in json.loads(last.read_text())["files"].items()}
-    shutil.rmtree(folder)
+    shutil.rmtree(job.folder)
     return metrics
 
 
-def each(do_one: Callable[[Any], None], jobs: Iterable[Any], at_a_time: int) -> None:
-    """Do all jobs; those that fail are named when the others are done."""
+def each(jobs: Iterable[Job], at_a_time: int, path: Path, told: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Do all jobs, in processes that do many; note in ``path`` what is ``told`` of their metrics. Those that fail are named
+    when the others are done."""
     failed = []
-
-    def tried(job: Any) -> None:
-        try:
-            do_one(job)
-        except SystemExit as problem:
-            failed.append(f"{job}: {problem}")
-
-    with ThreadPoolExecutor(at_a_time) as pool:
-        list(pool.map(tried, jobs))
+    with ProcessPoolExecutor(at_a_time, get_context("spawn")) as pool:
+        doing = {pool.submit(ran, job): job.about for job in jobs}
+        for job in as_completed(doing):
+            about = doing[job]
+            try:
+                note(path, {**about, **told(job.result())})
+                print("done:", *about.values(), flush=True)
+            except perdure.PerdureError as problem:
+                failed.append(f"{about}: {problem}")
     if failed:
         raise SystemExit("\n".join(failed))
 
@@ -114,21 +131,16 @@ def default_rate(method: str) -> float | None:
 def rates(asked: argparse.Namespace) -> None:
     path = asked.out / "rates.jsonl"
     done = {(one["method"], one["factor"]) for one in lines(path)}
-    jobs = [
-        (method, factor, rate * factor)
-        for method in rows(asked.methods)
-        if "+" not in method and (rate := default_rate(method)) is not None
-        for factor in FACTORS
-        if (method, factor) not in done
-    ]
-
-    def one(job: tuple[str, float, float]) -> None:
-        method, factor, lr = job
-        folder = asked.runs / f"rate {factor:.2f} of {method}"
-        metrics = ran(folder, method, str(HELD_OUT), 0, {**TUNING, "lr": lr})
-        note(path, {"method": method, "factor": factor, "lr": lr, "average": metrics["average"]})
-
-    each(one, jobs, asked.jobs)
+    jobs = []
+    for method in rows(asked.methods):
+        rate = 0.0 if "+" in method else default_rate(method) or 0.0
+        for factor in FACTORS:
+            if rate and (method, factor) not in done:
+                lr = rate * factor
+                folder = asked.runs / f"rate {factor:.2f} of {method}"
+                about = {"method": method, "factor": factor, "lr": lr}
+                jobs.append(Job(folder, method, str(HELD_OUT), 0, {**TUNING, "lr": lr}, about))
+    each(jobs, asked.jobs, path, lambda metrics: {"average": metrics["average"]})
 
 
 def chosen(method: str, path: Path) -> dict[str, float]:
@@ -142,29 +154,24 @@ def chosen(method: str, path: Path) -> dict[str, float]:
 def runs(asked: argparse.Namespace) -> None:
     path = asked.out / "runs.jsonl"
     done = {(one["method"], one["column"], one["seed"]) for one in lines(path)}
-    jobs = [
-        (method, column, seed)
-        for seed in range(asked.seeds)
-        for column in asked.columns
-        for method in rows(asked.methods)
-        if (method, column, seed) not in done
-    ]
-
-    def one(job: tuple[str, str, int]) -> None:
-        method, column, seed = job
-        if column == HIDDEN and not any(part in method for part in ASKS_TASK):
-            same = [x for x in lines(path) if (x["method"], x["column"], x["seed"]) == (method, KNOWN, seed)]
-            return note(path, {**same[0], "column": HIDDEN}) if same else print(f"left for later: {method}, {column}")
-        stream, values = COLUMNS[column]
+    jobs = []
+    for seed, column, method in itertools.product(range(asked.seeds), asked.columns, rows(asked.methods)):
+        if (method, column, seed) in done or (column == HIDDEN and not asks(method)):
+            continue
         own = chosen(method, asked.out / "rates.jsonl")
         if not own and default_rate(method) is not None:
             print(f"left for later: {method}, whose rate is not chosen yet (rates)")
-            return
+            continue
+        stream, values = COLUMNS[column]
         folder = asked.runs / f"{method}, {column}, {seed}"
-        metrics = ran(folder, method, stream, seed, {**short(method), **values, **own})
-        note(path, {"method": method, "column": column, "seed": seed, **own, **figures(metrics)})
+        about = {"method": method, "column": column, "seed": seed, **own}
+        jobs.append(Job(folder, method, stream, seed, {**short(method), **values, **own}, about))
+    each(jobs, asked.jobs, path, figures)
 
-    each(one, jobs, asked.jobs)
+
+def asks(method: str) -> bool:
+    """Whether a method answers by the task; another's figures are the same where it is hidden."""
+    return any(part in method for part in ASKS_TASK)
 
 
 def figures(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,8 +193,9 @@ def page(asked: argparse.Namespace) -> None:
     out = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for method in rows(()):
         own = [one for one in found if one["method"] == method]
-        first = [one for one in own if one["column"] == "order I"]
-        cells = [cell([one for one in own if one["column"] == column], column) for column in COLUMNS]
+        first = [one for one in own if one["column"] == KNOWN]
+        source = {column: KNOWN if column == HIDDEN and not asks(method) else column for column in COLUMNS}
+        cells = [cell([one for one in own if one["column"] == source[column]], column) for column in COLUMNS]
         for name, scale, form in (
             ("probe", 1, ".1f"),
             ("seconds", 1, ".0f"),

@@ -340,7 +340,7 @@ def test_what_waits_for_a_process_that_is_gone_says_what_is_left(together: Calla
 @pytest.mark.parametrize("told", [0, 1])
 @pytest.mark.parametrize("images", [4, 7, 9])  # shares that are even, end alike, or have another batch
 def test_where_one_is_told_to_stop_all_do_between_two_batches_of_an_evaluation(
-    told: int, images: int, together: Callable[[int], Together], clip: CLIP
+    told: int, images: int, together: Callable[[int], Together], clip: CLIP, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = torch.zeros(images, 3, clip.size, clip.size, dtype=torch.uint8)
     clip.evaluation_batch = 2 if images > 4 else 1
@@ -354,7 +354,7 @@ def test_where_one_is_told_to_stop_all_do_between_two_batches_of_an_evaluation(
                 stopping.EAR.heard = signal.SIGTERM
             return clip.seen(batch, hidden)
 
-        own.seen = seen  # type: ignore[method-assign]
+        monkeypatch.setattr(own, "seen", seen)
         try:
             with stopping.together():
                 own.features(pixels)
