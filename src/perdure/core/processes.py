@@ -183,11 +183,6 @@ def rows(total: int, of: Membership | None = None) -> slice:
     return slice(total * m.rank // m.count, total * (m.rank + 1) // m.count) if m.sharing else slice(0, total)
 
 
-def largest(total: int) -> int:
-    """How many of ``total`` things the largest stretch has."""
-    return -(-total // here.count) if here.sharing else total
-
-
 def worked(total: int) -> slice:
     """``rows``, or the first thing where that is empty: what comes of nothing has no shape, and no gradient."""
     own = rows(total)

@@ -16,8 +16,7 @@ Otherwise than there:
   where both kinds compete, the learned ones share their texts' mass by softmax(h).
 - The task of a class is its task (the release divides by the size of the task at hand, which is right where all are of one
   size: ``task_of_class=release``). Crops are perdure's, without flips and jitter.
-- A class of one image is a point but for the ridge of 1e-4; one that comes again gets the new column, and the Gaussian of all
-  its images.
+- A class of one image is a point but for the ridge of 1e-4; one that comes again gets a new column, and one Gaussian of all.
 """
 
 from __future__ import annotations
@@ -60,9 +59,7 @@ class Alignment(HeadOptions):
     align_draws: Annotated[int, Field(ge=1, le=10**6, description="a class and epoch, and as many a step")] = 256
     tau: Annotated[float | None, Field(gt=0, description="τ of the normalised logits; none: logits as they are")] = 0.1
     mean_scaling: Annotated[bool, Field(description="shrink the means of older classes, by a tenth at most")] = True
-    task_of_class: Annotated[Literal["true", "release"], Field(description="t_c, which the scaling depends on")] = (
-        "true"
-    )
+    task_of_class: Annotated[Literal["true", "release"], Field(description="t_c, which scales the means")] = "true"
 
 
 @dataclass(frozen=True)

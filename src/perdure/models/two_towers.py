@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,9 +123,11 @@ class TwoTowers(Logits, Held):
             return Features(F.normalize(raw, dim=-1), pooled, patches, raw.norm(dim=-1, keepdim=True))
 
         def all_seen() -> Features:
-            size, most = self.evaluation_batch, processes.largest(len(pixels))
-            found = Features.cat(list(map(features, in_turn(stretch(pixels).split(size), -(-most // size)))))
-            return found.mapped(lambda tensor: processes.gathered(tensor, len(pixels)))
+            size = self.evaluation_batch
+            parts = in_turn(stretch(pixels).split(size), most=-(-len(pixels) // (size * processes.count())))
+            return Features.cat(list(map(features, parts))).mapped(
+                lambda tensor: processes.gathered(tensor, len(pixels))
+            )
 
         with torch.no_grad():
             return self.recall(("images", id(pixels), block, grid), pixels, all_seen)
@@ -189,8 +191,9 @@ class TwoTowers(Logits, Held):
         key = tuple(map(tuple, prompts))
 
         def encoded() -> Tensor:
-            flat = [p for ps in prompts for p in ps]  # a text is shorter than an image: twice as many at a time
-            rows = torch.cat([self.encode_text(part) for part in in_turn(chunks(flat, 2 * self.evaluation_batch))])
+            flat, size = [p for ps in prompts for p in ps], 2 * self.evaluation_batch  # a text is shorter than an image
+            parts = in_turn(flat[at : at + size] for at in range(0, len(flat), size))
+            rows = torch.cat([self.encode_text(part) for part in parts])
             means = torch.stack([e.mean(0) for e in rows.split([len(ps) for ps in prompts])])
             return F.normalize(means, dim=-1)
 
@@ -245,7 +248,3 @@ class TwoTowers(Logits, Held):
     @abstractmethod
     def read(self, ids: Tensor) -> Tensor:
         """(N, D) in fp32, not unit yet, of token ids (N, L), all at once."""
-
-
-def chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
