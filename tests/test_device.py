@@ -85,6 +85,7 @@ def test_backward_returns_true_gradients_in_fp16() -> None:
     torch.testing.assert_close(w.grad, 2 * w.detach())
 
 
+@pytest.mark.slow
 def test_a_run_in_fp16_learns_what_one_in_fp32_does(tmp_path: Path) -> None:
     last = {}
     for precision in ("fp16", "fp32"):
@@ -216,6 +217,7 @@ def test_a_hook_that_comes_later_acts_in_a_compiled_tower() -> None:
 # ---- waiting
 
 
+@pytest.mark.slow
 def test_no_step_waits_for_the_device() -> None:
     assert not devices.waits("finetune", "cpu")
 

@@ -81,6 +81,7 @@ def test_a_run_of_a_folder_is_gone_on_with_from_anywhere(tmp_path: Path, monkeyp
         perdure.resume(out)
 
 
+@pytest.mark.slow
 def test_what_is_held_out_is_said_once(tmp_path: Path) -> None:
     (digits,) = tasks("digits")
     write(digits, tmp_path / "mine", 2, 6)

@@ -446,6 +446,7 @@ def test_a_probe_that_has_changed_is_not_compared() -> None:
     assert row.after == 100 and row.images == 5 and row.before is None and row.change is None
 
 
+@pytest.mark.slow
 def test_a_table_is_learned_as_a_folder_is(tmp_path: Path, drawings: Path) -> None:
     rows = [(p, p.parent.name) for p in sorted((drawings / "digits").rglob("*.png"))]
     (tmp_path / "shown.csv").write_text("\n".join(["picture,what", *(f"{p},{label}" for p, label in rows)]))

@@ -130,6 +130,7 @@ def test_a_remark_that_is_no_number_is_refused_in_words(
     assert states(mine)[-1] == "task_02_digits"
 
 
+@pytest.mark.slow
 def test_pictures_that_changed_places_are_not_measured(tmp_path: Path, drawings: Path) -> None:
     shutil.copytree(drawings / "food", tmp_path / "food")
     home = opened(tmp_path / "HOME", drawings, method="ridge", keep="paths")

@@ -109,6 +109,7 @@ def test_what_is_no_folder_of_pictures_is_said_as_such(mine: Path, drawings: Pat
         Learner(mine).predict(Image.open(picture))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_home_that_has_learned_nothing_says_so(tmp_path: Path, drawings: Path) -> None:
     learner = Learner(tmp_path / "HOME", **RIDGE)
     learner.learn(drawings / "food")
@@ -141,6 +142,7 @@ def test_a_probe_of_what_is_taught_and_a_model_that_is_an_export_are_said(
     assert any("is an export of perdure: its weights are taken" in text for text in heard)
 
 
+@pytest.mark.slow
 def test_paths_that_hold_other_pictures_are_not_measured(tmp_path: Path, drawings: Path) -> None:
     shutil.copytree(drawings / "food", tmp_path / "food")
     learner = Learner(tmp_path / "HOME", keep="paths", **RIDGE)

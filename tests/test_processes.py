@@ -232,6 +232,7 @@ def test_a_run_of_two_is_the_run_of_one(
 # ---- what is refused, and who says so
 
 
+@pytest.mark.slow
 def test_who_is_waited_for_in_vain_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

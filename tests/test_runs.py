@@ -208,6 +208,7 @@ def test_overwriting_leaves_what_perdure_did_not_write(short_run: Run) -> None:
     assert outcome(folder)["method"] == "zero_shot"
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_metrics_were_written_writes_them(short_run: Run) -> None:
     folder = short_run("finetune")["folder"]
     before = outcome(folder)
@@ -271,6 +272,7 @@ def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_metrics_file_holds_what_others_read(short_run: Run) -> None:
     m = json.loads((short_run("finetune", seed=3)["folder"] / "metrics.json").read_text())
     assert m["method"] == "finetune" and m["stream"] == "mini-mtil" and m["seed"] == 3

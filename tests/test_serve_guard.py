@@ -117,6 +117,7 @@ def test_beyond_what_may_wait_requests_are_told_to_come_again(learned: Path, pic
         served.worker.ask(Question([], None, 1))
 
 
+@pytest.mark.slow
 def test_who_says_nothing_does_not_keep_a_place_and_who_waits_does(learned: Path, pictures: list[Path]) -> None:
     served = Served(Learner(learned), Limits(patience=0.5))
     predict = served.worker.learner.predict

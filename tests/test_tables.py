@@ -119,6 +119,7 @@ def test_metadata_beside_pictures_with_captions_and_sides(tmp_path: Path) -> Non
     assert [len(other.train), len(other.test)] == [11, 4] and other.train.captions is None
 
 
+@pytest.mark.slow
 def test_captions_alone_are_classes_of_their_own(tmp_path: Path) -> None:
     rows = [{"file_name": row["filepath"], "text": f"a  {row['title']}, the {n}-th"} for n, row in
             enumerate(listed(tmp_path, "digits"))]  # fmt: skip

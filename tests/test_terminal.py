@@ -105,6 +105,7 @@ def test_types_are_words() -> None:
     )
 
 
+@pytest.mark.slow
 def test_several_may_listen(short_run: Run) -> None:
     class Ear(Watcher):
         def __init__(self) -> None:
