@@ -1,4 +1,4 @@
-"""The examples of the guide, and the method of one's own, do what the pages say; what the check of examples refuses."""
+"""The method of one's own does what its page says (``make docs-check`` executes all pages); what that check refuses."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ def check() -> ModuleType:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "least"), [("guide.md", 10), ("own-methods.md", 2)])
-def test_the_examples_of_a_page_do_what_it_says(check: ModuleType, page: str, least: int) -> None:
-    assert check.check(DOCS / page) >= least
+def test_the_examples_of_a_page_do_what_it_says(check: ModuleType) -> None:
+    assert check.check(DOCS / "own-methods.md") >= 2
 
 
 @pytest.mark.parametrize(

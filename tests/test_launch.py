@@ -94,14 +94,11 @@ def test_an_option_that_came_later_has_its_default(short_run: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "lr"), [("prompt", 0.02), ("adapter", 0.003)])
-def test_a_method_in_a_file_of_its_own_is_killed_resumed_reported_and_exported(
-    name: str, lr: float, tmp_path: Path
-) -> None:
-    file = tmp_path / "mine" / f"{name}.py"
+def test_a_method_in_a_file_of_its_own_is_killed_resumed_reported_and_exported(tmp_path: Path) -> None:
+    file = tmp_path / "mine" / "adapter.py"
     file.parent.mkdir()
-    shutil.copy(OWN / f"{name}.py", file)
-    words = [*(w for w in WORDS if "iterations" not in w), "iterations=25", f"lr={lr}", "threads=1"]
+    shutil.copy(OWN / "adapter.py", file)
+    words = [*(w for w in WORDS if "iterations" not in w), "iterations=25", "lr=0.003", "threads=1"]
     begin: list[str | Path] = ["run", "--method", file, "--stream", "mini-mtil", *words, "--out"]
     assert command(*begin, tmp_path / "whole").returncode == 0
     started = subprocess.Popen([sys.executable, "-m", "perdure", *map(str, begin), str(tmp_path / "broken")])
@@ -119,18 +116,27 @@ def test_a_method_in_a_file_of_its_own_is_killed_resumed_reported_and_exported(
     assert sum((tmp_path / "whole" / p).stat().st_size for p in files) < 1_000_000  # no frozen tower is written
     assert command("report", tmp_path / "whole").returncode == 0
     exported = command("export", tmp_path / "whole", tmp_path / "out")
-    if name == "prompt":  # it stands inside a tower
-        assert exported.returncode == 2 and "prompts" in exported.stderr and not (tmp_path / "out").exists()
-    else:
-        assert exported.returncode == 0 and "residual" in exported.stdout
-        kept = load_file(tmp_path / "out" / "perdure.safetensors")
-        assert kept["modules/residual/change.weight"].abs().sum() > 0
+    assert exported.returncode == 0 and "residual" in exported.stdout
+    kept = load_file(tmp_path / "out" / "perdure.safetensors")
+    assert kept["modules/residual/change.weight"].abs().sum() > 0
     file.write_text(file.read_text() + "\n# changed\n")
     changed = command("resume", tmp_path / "whole")
     assert changed.returncode == 2 and "has changed since" in changed.stderr
     file.unlink()
     gone = command("export", tmp_path / "whole", tmp_path / "out2")
     assert gone.returncode == 2 and "which is gone" in gone.stderr and "Traceback" not in gone.stderr
+
+
+@pytest.mark.slow
+def test_modules_inside_a_tower_are_kept_alone_and_no_export_leaves_them_out(tmp_path: Path) -> None:
+    values = {**SHORT, "tasks": 1, "lr": 0.02}
+    perdure.run(str(OWN / "prompt.py"), "mini-mtil", tmp_path / "run", **values)
+    files = list((tmp_path / "run").glob("task_01*/*.safetensors"))
+    assert any(p.name == "modules.safetensors" for p in files)
+    assert sum(p.stat().st_size for p in files) < 1_000_000  # no frozen tower is written
+    with pytest.raises(PerdureError, match="prompts"):
+        launch.export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -57,18 +57,10 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "method",
-    [
-        "finetune",
-        "individual adapt=lora",
-        "condu+mg_clip",
-        "gift synthetic=12 sampling_steps=2 sampling_batch=4",
-    ],
-)
+@pytest.mark.parametrize("method", ["finetune", "condu+mg_clip", "gift synthetic=12 sampling_steps=2 sampling_batch=4"])
 def test_killed_at_random_moments_ends_with_the_same_bits(method: str, tmp_path: Path) -> None:
-    """A real process of a kind each: one model, an expert a task, fusion under a head, synthetic pictures. Every method is
-    ended inside its tasks by tests/test_inside.py."""
+    """A real process of a kind each: one model, experts fused under a head, synthetic pictures. Every method is ended inside
+    its tasks by tests/test_inside.py."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     name, *more = method.split()
     words = [w for w in WORDS if not w.startswith("iterations")]
